@@ -1,0 +1,1 @@
+"""Device profiles, cost curves and the planner."""

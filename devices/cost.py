@@ -1,0 +1,76 @@
+"""Measuring the cost curve of an opened engine: seconds per segment and width.
+
+    >>> curve = measure(engine)
+    >>> curve.segments[0]        # seconds of segment 0 at each of curve.widths
+
+The figures are medians of interleaved runs, taken on the machine and at the thread count the engine runs with.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from skipstone.bundle import CostCurve
+from skipstone.runtimes.engines.base import Engine
+from skipstone.runtimes.session import Session
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+_PREFIX = 64
+_MIN_REPEATS, _MAX_REPEATS = 3, 25
+
+
+def measure(engine: Engine, widths: Sequence[int] = WIDTHS, *, budget_seconds: float = 10.0) -> CostCurve:
+    """Measure every segment and the draft head at every width, after a context of 64 tokens.
+
+    Args:
+        engine: weights; a cache of its own is opened and closed.
+        widths: rows per batch, ascending.
+        budget_seconds: about how long it may take; every point is measured at least three times.
+    """
+    prefix = min(_PREFIX, engine.max_context_length // 2)
+    with Session(engine, min(engine.max_context_length, prefix + max(widths) + 1)) as session:
+        fitting = [width for width in widths if width <= min(session.max_width, session.context_length - prefix)]
+        session.prefill([index % engine.vocab_size for index in range(prefix)])
+        began = time.perf_counter()
+        _sweep(session, fitting)
+        once = time.perf_counter() - began
+        repeats = int(np.clip(budget_seconds / max(once, 1e-6), _MIN_REPEATS, _MAX_REPEATS))
+        samples = [_sweep(session, fitting) for _ in range(repeats)]
+    typical = np.median(np.array(samples), axis=0)
+    parts = len(engine.exits)
+    return CostCurve(
+        widths=tuple(fitting),
+        segments=tuple(tuple(float(x) for x in typical[part]) for part in range(parts)),
+        draft_head=tuple(float(x) for x in typical[parts]) if engine.draft_vocabulary is not None else (),
+        threads=getattr(engine, "threads", 1),
+        machine=f"{platform.system()} {platform.machine()} {platform.processor() or ''}".strip(),
+    )
+
+
+def _sweep(session: Session, widths: Sequence[int]) -> list[list[float]]:
+    """Seconds once over: one list per segment, then one for the draft head, each over the widths."""
+    return [list(column) for column in zip(*(_at_width(session, width) for width in widths), strict=True)]
+
+
+def _at_width(session: Session, width: int) -> list[float]:
+    """Seconds of every segment and of the draft head (0 without one) for a chain of `width` rows."""
+    vocab = session.engine.vocab_size
+    rows = session.push([(7 * index + 3) % vocab for index in range(width)])
+    seconds, head = [], 0.0
+    for exit_layer in session.exits[:-1]:
+        began = time.perf_counter()
+        session.run(rows, exit_layer)
+        seconds.append(time.perf_counter() - began)
+        if exit_layer == session.exits[0] and session.engine.draft_vocabulary is not None:
+            began = time.perf_counter()
+            session.advance(rows, exit_layer)
+            head = time.perf_counter() - began
+    began = time.perf_counter()
+    session.advance(rows, session.exits[-1])
+    seconds.append(time.perf_counter() - began)
+    session.discard()
+    return [*seconds, head]

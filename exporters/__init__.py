@@ -1,0 +1,1 @@
+"""Checkpoint → bundle: the only part of Skipstone that imports torch."""

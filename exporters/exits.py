@@ -1,0 +1,62 @@
+"""Which exits a model is cut at: those asked for, those recorded with the checkpoint, or a default by depth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from skipstone.errors import CheckpointError, UsageError
+
+EXITS_FILE = "exits.json"
+CONFIG_KEY = "skipstone_exits"
+
+
+def check_exits(exits: Sequence[int], num_layers: int, period: int = 1) -> tuple[int, ...]:
+    """The exits in rising order.
+
+    Raises:
+        UsageError: out of 1 … num_layers - 1, twice the same, or not a multiple of `period`.
+    """
+    for exit_layer in exits:
+        if not 0 < exit_layer < num_layers:
+            raise UsageError(
+                f"--exits {','.join(map(str, exits))}: exit {exit_layer} is out of range for {num_layers} layers",
+                hint=f"an exit is a number of layers run, from 1 to {num_layers - 1}",
+            )
+        if exit_layer % period:
+            raise UsageError(
+                f"--exits {','.join(map(str, exits))}: this architecture can be cut at multiples of {period} only"
+            )
+    if len(set(exits)) != len(exits):
+        raise UsageError(f"--exits {','.join(map(str, exits))}: an exit is named twice")
+    return tuple(sorted(exits))
+
+
+def default_exits(num_layers: int, period: int = 1) -> tuple[int, ...]:
+    """Two exits near a sixth and a third of the depth, one for shallow models: each cut costs a call per token."""
+    parts = (1 / 6, 1 / 3) if num_layers >= 6 * period else (1 / 3,)
+    rounded = {max(1, round(num_layers * part / period)) * period for part in parts}
+    return tuple(sorted(exit_layer for exit_layer in rounded if exit_layer < num_layers))
+
+
+def recorded_exits(folder: Path, config: Any) -> tuple[int, ...] | None:
+    """Exits recorded with a checkpoint: exits.json ({"exits": [2, 4]} or a list) or the configuration's key.
+
+    Raises:
+        CheckpointError: exits.json is something else.
+    """
+    file = folder / EXITS_FILE
+    if not file.is_file():
+        found = getattr(config, CONFIG_KEY, None)
+        return None if found is None else tuple(int(exit_layer) for exit_layer in found)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return tuple(
+            int(exit_layer) for exit_layer in (content["exits"] if isinstance(content, dict) else content)
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f'{file}: {{"exits": [2, 4]}} was expected: {error}', hint="correct or remove the file"
+        ) from error

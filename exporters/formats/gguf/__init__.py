@@ -1,0 +1,1 @@
+"""GGUF bundles for llama.cpp: mapping, vocabulary, writing, quantising and cutting at the exits."""

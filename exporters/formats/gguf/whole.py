@@ -1,0 +1,195 @@
+"""A checkpoint as one GGUF file, in the float type of one's choice; quantising and cutting start from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.errors import CheckpointError
+from skipstone.exporters.checkpoint import Checkpoint
+from skipstone.exporters.formats.gguf.mapping import (
+    Decoder,
+    Source,
+    decoder_of,
+    interleave_rows,
+    mapping_of,
+    rope_factors,
+    tensor_sources,
+)
+from skipstone.exporters.formats.gguf.parts import (
+    MetaValue,
+    TensorPart,
+    array_part,
+    float32,
+    string,
+    uint32,
+    write_parts,
+)
+
+_FLOAT_TYPES = {
+    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+}
+
+
+def write_whole(
+    checkpoint: Checkpoint,
+    path: Path,
+    float_type: str = "f32",
+    *,
+    tokenizer: dict[str, MetaValue] | None = None,
+) -> None:
+    """Write a checkpoint as one GGUF.
+
+    Args:
+        checkpoint: the input.
+        path: target.
+        float_type: type of the matrices: f32, f16 or bf16; norms and biases are f32.
+        tokenizer: `tokenizer.ggml.*` keys; None: the file says that it has no tokenizer.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape than the configuration says, or is left over.
+    """
+    decoder = decoder_of(checkpoint)
+    tensor_type, file_type = _FLOAT_TYPES[float_type]
+    arch = mapping_of(checkpoint).arch
+    meta = {
+        "general.type": string("model"),
+        "general.name": string(checkpoint.name),
+        **_decoder_keys(arch, decoder),
+        "general.file_type": uint32(int(file_type)),
+        "general.quantization_version": uint32(gguf.GGML_QUANT_VERSION),
+        **({"tokenizer.ggml.model": string("none")} if tokenizer is None else tokenizer),
+    }
+    write_parts(path, arch, meta, _parts(checkpoint, decoder, tensor_type))
+
+
+def native_float_type(checkpoint: Checkpoint) -> str:
+    """The smallest float type that loses nothing of the checkpoint's matrices: bf16, f16 or f32."""
+    import torch
+
+    known = {torch.bfloat16: "bf16", torch.float16: "f16"}
+    matrices = [
+        s.name for n, s in tensor_sources(checkpoint, decoder_of(checkpoint)).items() if "norm" not in n
+    ]
+    types = {known.get(checkpoint.tensor(name).dtype, "f32") for name in matrices if name.endswith("weight")}
+    return types.pop() if len(types) == 1 else "f32"
+
+
+def _parts(
+    checkpoint: Checkpoint, decoder: Decoder, tensor_type: gguf.GGMLQuantizationType
+) -> list[TensorPart]:
+    sources = tensor_sources(checkpoint, decoder)
+    _refuse_left_overs(checkpoint, sources)
+    factors = rope_factors(decoder)
+    parts = [] if factors is None else [array_part("rope_freqs.weight", factors)]
+    shapes = _shapes(decoder)
+    for name, source in sources.items():
+        shape = shapes[name.split(".", 2)[2] if name.startswith("blk.") else name]
+        kind = tensor_type if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+        parts.append(TensorPart(name, shape, kind, _reader(checkpoint, source, shape, kind)))
+    return parts
+
+
+def _reader(
+    checkpoint: Checkpoint, source: Source, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType
+) -> Callable[[], NDArray[Any]]:
+    def read() -> NDArray[Any]:
+        weight = checkpoint.tensor(source.name)
+        if tuple(weight.shape) != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {source.name} has shape {list(weight.shape)}, the configuration says {list(shape)}"
+            )
+        if source.interleave_heads:
+            weight = interleave_rows(weight, source.interleave_heads)
+        array: NDArray[np.float32] = weight.float().contiguous().numpy()
+        return np.asarray(gguf.quants.quantize(array, kind))
+
+    return read
+
+
+def _refuse_left_overs(checkpoint: Checkpoint, sources: dict[str, Source]) -> None:
+    """A tensor that nobody reads would change the function silently (a bias, say)."""
+    known = {source.name for source in sources.values()} | {"lm_head.weight"}
+    left = sorted(
+        n for n in checkpoint.tensor_files if n not in known and not n.endswith("rotary_emb.inv_freq")
+    )
+    if left:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(left)} tensors have no place in GGUF, the first is {left[0]}",
+            hint=f"the checkpoint differs from a plain {checkpoint.architecture}",
+        )
+
+
+def _shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    hidden, ffn = decoder.hidden_size, decoder.feed_forward
+    q_rows, kv_rows = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    vocabulary = (decoder.vocab_size, hidden)
+    return {
+        "token_embd.weight": vocabulary,
+        "output.weight": vocabulary,
+        "output_norm.weight": (hidden,),
+        "attn_norm.weight": (hidden,),
+        "ffn_norm.weight": (hidden,),
+        "attn_q.weight": (q_rows, hidden),
+        "attn_k.weight": (kv_rows, hidden),
+        "attn_v.weight": (kv_rows, hidden),
+        "attn_q.bias": (q_rows,),
+        "attn_k.bias": (kv_rows,),
+        "attn_v.bias": (kv_rows,),
+        "attn_q_norm.weight": (decoder.head_dim,),
+        "attn_k_norm.weight": (decoder.head_dim,),
+        "attn_output.weight": (hidden, q_rows),
+        "attn_output.bias": (hidden,),
+        "ffn_gate.weight": (ffn, hidden),
+        "ffn_up.weight": (ffn, hidden),
+        "ffn_down.weight": (hidden, ffn),
+        "ffn_gate.bias": (ffn,),
+        "ffn_up.bias": (ffn,),
+        "ffn_down.bias": (hidden,),
+    }
+
+
+def _decoder_keys(arch: str, decoder: Decoder) -> dict[str, MetaValue]:
+    keys = {
+        "block_count": uint32(decoder.num_layers),
+        "context_length": uint32(decoder.context_length),
+        "embedding_length": uint32(decoder.hidden_size),
+        "feed_forward_length": uint32(decoder.feed_forward),
+        "attention.head_count": uint32(decoder.num_heads),
+        "attention.head_count_kv": uint32(decoder.num_kv_heads),
+        **_rope_keys(decoder),
+        "attention.layer_norm_rms_epsilon": float32(decoder.norm_eps),
+        "attention.key_length": uint32(decoder.head_dim),
+        "attention.value_length": uint32(decoder.head_dim),
+        "vocab_size": uint32(decoder.vocab_size),
+        "rope.dimension_count": uint32(decoder.head_dim),
+    }
+    return {f"{arch}.{key}": value for key, value in keys.items()}
+
+
+def _rope_keys(decoder: Decoder) -> dict[str, MetaValue]:
+    rope, keys = decoder.rope, {}
+    if rope.kind in ("linear", "yarn"):
+        keys["rope.scaling.type"] = string(rope.kind)
+        keys["rope.scaling.factor"] = float32(float(rope.parameters["factor"]))
+    if rope.kind == "yarn":
+        original = rope.parameters["original_max_position_embeddings"]
+        keys["rope.scaling.original_context_length"] = uint32(int(original))
+        for name in ("beta_fast", "beta_slow"):
+            if rope.parameters.get(name) is not None:
+                keys[f"rope.scaling.yarn_{name}"] = float32(float(rope.parameters[name]))
+        if rope.parameters.get("attention_factor") is not None:
+            # transformers means the whole factor, llama.cpp multiplies by YaRN's own 1 + 0.1 ln(factor) (paper, eq. 22).
+            usual = 1.0 + 0.1 * math.log(float(rope.parameters["factor"]))
+            keys["rope.scaling.yarn_attn_factor"] = float32(
+                float(rope.parameters["attention_factor"]) / usual
+            )
+    return keys | {"rope.freq_base": float32(rope.theta)}

@@ -1,0 +1,158 @@
+"""Checkpoint → bundle, in one call.
+
+    >>> from skipstone.exporters.pipeline import export_checkpoint
+    >>> bundle = export_checkpoint("samples/models/coder", "out/", quantize="q8_0", exits=(2, 4))
+
+The bundle is written into a folder beside the target, put to the self-test there, and moved into place only after it
+passed; a failure of any kind leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from skipstone.bundle import (
+    Bundle,
+    Manifest,
+    Parity,
+    Provenance,
+    bundle_in_progress,
+    describe_file,
+    open_bundle,
+    write_manifest,
+)
+from skipstone.errors import ExportError
+from skipstone.exporters.formats import Artefacts, ExportOptions, Progress, Step, exporter_of
+from skipstone.exporters.selftest import SelfTest, run_self_test
+
+_UNTESTED = Parity(
+    reference=None,
+    reference_tolerance=None,
+    split=0.0,
+    split_tolerance=0.0,
+    draft_verify=0.0,
+    width_noise=0.0,
+    near_tie_margin=0.0,
+)
+_SCRATCH = ".scratch"
+_STEPS = ("read", "write", "calibrate", "quantise", "split", "draft head", "hash", "self-test")
+
+
+def export_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    format: str = "gguf",
+    quantize: str | None = None,
+    exits: Sequence[int] | None = None,
+    draft_vocab_size: int | None = None,
+    draft_vocab_text: str | os.PathLike[str] | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model, test the artefact against its source, and write a bundle.
+
+    Args:
+        source: checkpoint folder, hub name, or a .gguf file.
+        output: folder of the bundle.
+        device: name of a device profile.
+        format: name of a format (`skipstone.exporters.formats.FORMATS`).
+        quantize: scheme; None: q8_0, or for a .gguf the one it has.
+        exits: layer counts to cut at; None: those recorded with the checkpoint, or a default by depth; (): no cuts.
+        draft_vocab_size: rows of the draft head; None: a quarter of the vocabulary; 0: all of it.
+        draft_vocab_text: text in which tokens are counted, to choose the draft head's rows.
+        imatrix: calibration text for an importance matrix.
+        overwrite: replace a bundle that stands at `output`.
+        progress: told of every step as it begins.
+
+    Raises:
+        CheckpointError: an input that cannot be exported.
+        UsageError: an option that cannot work.
+        DeviceError: an unknown device.
+        ExportError: the artefact failed its self-test, or the disk is full.
+        BundleError: `output` cannot be written.
+    """
+    from skipstone.devices.profiles import load_profile
+
+    load_profile(device)  # an unknown name stops here
+    exporter = exporter_of(format)
+    options = ExportOptions(
+        quantize=quantize,
+        exits=None if exits is None else tuple(exits),
+        draft_vocab_size=draft_vocab_size,
+        draft_vocab_text=None if draft_vocab_text is None else Path(draft_vocab_text),
+        imatrix=None if imatrix is None else Path(imatrix),
+        threads=_num_threads(),
+    )
+    target = Path(output)
+    step = _Reporter(progress)
+    with bundle_in_progress(target, overwrite=overwrite) as folder:
+        scratch = folder / _SCRATCH
+        scratch.mkdir()
+        artefacts = exporter(os.fspath(source), options, folder, scratch, step)
+        step("hash")
+        manifest = _manifest(os.fspath(source), device, format, artefacts, folder)
+        write_manifest(folder, manifest)
+        step("self-test")
+        parity = run_self_test(folder, _self_test(artefacts), scratch)
+        write_manifest(folder, manifest.model_copy(update={"parity": parity}))
+        shutil.rmtree(scratch)
+    return open_bundle(target, verify_hashes=False)
+
+
+class _Reporter:
+    """Turns step names into `Step`s; steps left out by a model just do not show."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+
+    def __call__(self, name: str) -> None:
+        if self._progress is not None:
+            self._progress(Step(name, _STEPS.index(name) + 1, len(_STEPS)))
+
+
+def _self_test(artefacts: Artefacts) -> SelfTest:
+    return SelfTest(
+        whole=artefacts.whole,
+        reference=artefacts.reference,
+        tokens=artefacts.probe,
+        min_agreement=artefacts.min_agreement,
+        reference_tolerance=artefacts.reference_tolerance,
+    )
+
+
+def _manifest(source: str, device: str, format_name: str, artefacts: Artefacts, folder: Path) -> Manifest:
+    if format_name != "gguf":
+        raise ExportError(f"--format {format_name}: the manifest knows only gguf")
+    return Manifest(
+        format="gguf",
+        device=device,
+        model=artefacts.model,
+        exits=artefacts.exits,
+        segments=artefacts.segments,
+        embedding=artefacts.embedding,
+        draft_head=artefacts.draft_head,
+        quantization=artefacts.quantization,
+        parity=_UNTESTED,
+        files=tuple(describe_file(folder, name) for name in artefacts.files),
+        provenance=Provenance(
+            source=source,
+            source_sha256=artefacts.source_sha256,
+            tool=f"skipstone {importlib.metadata.version('skipstone')}",
+            engine=artefacts.engine,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        ),
+    )
+
+
+def _num_threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

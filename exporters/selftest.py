@@ -1,0 +1,312 @@
+"""The self-test at the end of every export: the artefact against its source, before the bundle is put in place.
+
+1. reference: the pipeline's logits against eager transformers in f32;
+2. split: the segments against the uncut model in the same quantisation;
+3. draft then verify: rows brought to an exit first and to the end later, against rows brought to the end at once;
+4. width noise: the same row alone and within wider batches;
+5. jitter: the gap between the two best tokens when the rows entering each segment change by a millionth, as another
+   order of summing does. With rounded activations it may change by much more, so the near-tie margin covers it;
+6. draft head: its logits at every exit against the final norm and the head's rows computed here.
+
+The engine runs in a process of its own, so that a crash becomes an error that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.bundle import Parity
+from skipstone.errors import ExportError
+from skipstone.exporters.isolation import run_isolated
+from skipstone.runtimes.engines.base import Engine
+from skipstone.runtimes.rows import RowTree
+from skipstone.runtimes.session import Session
+
+FloatArray = NDArray[np.float32]
+
+_MIN_MARGIN = 1e-4
+_WIDTHS = (1, 4, 16)
+# Cut or whole, the same kernels see the same numbers; only the order of a sum may differ. Beside quantised weights,
+# activations are rounded too, and such a difference may flip a rounding: tolerances in units of the logits' spread.
+_EXACT_SPLIT, _QUANTIZED_SPLIT = 1e-3, 0.25
+_QUANTIZED_SPLIT_RMS = 0.1
+_JITTER, _JITTER_RUNS = 1e-6, 3
+_DRAFT_HEAD_TOLERANCE = 0.05
+_HEAD_ROWS = 512
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What to compare with.
+
+    Attributes:
+        whole: the uncut model.
+        reference: checkpoint folder; None: there is none.
+        tokens: the probe.
+        min_agreement: share of positions at which the best token must be the reference's.
+        reference_tolerance: largest difference of a logit from the reference; None: only the agreement counts.
+    """
+
+    whole: Path
+    reference: Path | None
+    tokens: tuple[int, ...]
+    min_agreement: float
+    reference_tolerance: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Largest absolute differences of logits; `draft_head` is relative, `agreement` a share of equal best tokens."""
+
+    finite: bool
+    spread: float
+    reference: float | None
+    agreement: float | None
+    split: float
+    split_rms: float
+    draft_verify: float
+    width_noise: float
+    jitter: float
+    draft_head: float
+
+
+def run_self_test(folder: Path, test: SelfTest, scratch: Path) -> Parity:
+    """Measure and judge.
+
+    Args:
+        folder: the unfinished bundle, its manifest written.
+        test: what to compare with.
+        scratch: folder for intermediate files.
+
+    Raises:
+        ExportError: a figure is past its tolerance, or the engine crashed.
+    """
+    reference = None
+    if test.reference is not None:
+        reference = scratch / "reference.npy"
+        np.save(reference, reference_logits(test.reference, test.tokens))
+    answer = run_isolated(
+        "skipstone.exporters.selftest:measure",
+        folder=str(folder),
+        whole=str(test.whole),
+        reference=None if reference is None else str(reference),
+        tokens=list(test.tokens),
+    )
+    return judge(Measured(**answer), test)
+
+
+def judge(measured: Measured, test: SelfTest) -> Parity:
+    """The manifest's figures.
+
+    Raises:
+        ExportError: naming the first figure past its tolerance.
+    """
+    exact = test.reference_tolerance is not None
+    split_tolerance = _EXACT_SPLIT if exact else _QUANTIZED_SPLIT * measured.spread
+    checks = [
+        (measured.finite, "logits are not finite"),
+        _within("segments and the whole model", measured.split, split_tolerance),
+        _within(
+            "segments and the whole model (rms)", measured.split_rms, _QUANTIZED_SPLIT_RMS * measured.spread
+        ),
+        _within(
+            "drafted and then verified rows and rows run at once", measured.draft_verify, split_tolerance
+        ),
+        _within(
+            "draft head and the final norm and head rows (relative)",
+            measured.draft_head,
+            _DRAFT_HEAD_TOLERANCE,
+        ),
+    ]
+    if measured.agreement is not None:
+        checks.append(
+            _at_least("best tokens that agree with the reference", measured.agreement, test.min_agreement)
+        )
+    if measured.reference is not None and test.reference_tolerance is not None:
+        checks.append(_within("logits and the reference", measured.reference, test.reference_tolerance))
+    for passed, message in checks:
+        if not passed:
+            raise ExportError(
+                f"self-test: {message}", hint="nothing was written; please report the model and the flags"
+            )
+    return Parity(
+        reference=measured.reference,
+        reference_tolerance=test.reference_tolerance,
+        split=measured.split,
+        split_tolerance=split_tolerance,
+        draft_verify=measured.draft_verify,
+        width_noise=measured.width_noise,
+        near_tie_margin=max(
+            _MIN_MARGIN, 2 * measured.width_noise, 2 * measured.draft_verify, measured.jitter
+        ),
+        agreement_with_reference=measured.agreement,
+    )
+
+
+def reference_logits(checkpoint: Path, tokens: Sequence[int]) -> FloatArray:
+    """Logits [n, vocab_size] of eager transformers in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([list(tokens)])).logits[0]
+    return np.asarray(logits.numpy(), np.float32)
+
+
+def measure(folder: str, whole: str, reference: str | None, tokens: list[int]) -> dict[str, object]:
+    """Run the unfinished bundle; see the module. Called through `run_isolated`.
+
+    Returns:
+        The fields of `Measured`.
+    """
+    from skipstone.bundle import open_bundle
+    from skipstone.exporters.formats.gguf.library import num_threads, whole_model
+    from skipstone.runtimes.engines import EngineOptions, open_engine
+    from skipstone.runtimes.engines.llamacpp.trust import repacking_is_safe
+
+    bundle = open_bundle(folder, verify_hashes=False)
+    threads = num_threads(sum(entry.size for entry in bundle.manifest.files))
+    engine = open_engine(bundle, EngineOptions(kv_type="f32", threads=threads))
+    at_once = _in_widths(engine, tokens, len(tokens))
+    with whole_model(Path(whole), len(tokens), repack=repacking_is_safe(bundle)) as model:
+        uncut = model.logits(tokens)
+    expected = None if reference is None else np.load(reference)
+    measured = Measured(
+        finite=bool(np.isfinite(at_once).all()),
+        spread=float(at_once.std()),
+        reference=None if expected is None else _difference(at_once, expected),
+        agreement=None if expected is None else float((at_once.argmax(-1) == expected.argmax(-1)).mean()),
+        split=_difference(at_once, uncut),
+        split_rms=float(np.sqrt(((at_once - uncut) ** 2).mean())),
+        draft_verify=max(
+            (_difference(at_once, x) for x in _drafted_then_verified(engine, tokens)), default=0.0
+        ),
+        width_noise=_width_noise(engine, tokens),
+        jitter=_jitter(engine, tokens),
+        draft_head=_draft_head_error(engine, tokens, Path(whole)),
+    )
+    engine.close()
+    return asdict(measured)
+
+
+def _in_widths(engine: Engine, tokens: Sequence[int], width: int) -> FloatArray:
+    """Logits [n, vocab_size] at the last exit, `width` rows at a time."""
+    found: list[FloatArray] = []
+    with Session(engine, _context_length(engine, tokens)) as session:
+        width = min(width, session.max_width)
+        for start in range(0, len(tokens), width):
+            rows = session.push(tokens[start : start + width])
+            found += session.advance(rows, session.exits[-1])
+            session.commit(rows[-1])
+    return np.stack(found)
+
+
+def _drafted_then_verified(engine: Engine, tokens: Sequence[int]) -> Iterator[FloatArray]:
+    """For each inner exit: logits of rows run one by one to it first, and in blocks of four to the end later."""
+    for exit_layer in engine.exits[:-1]:
+        found: list[FloatArray] = []
+        with Session(engine, _context_length(engine, tokens)) as session:
+            for start in range(0, len(tokens), 4):
+                rows = session.push(tokens[start : start + 4])
+                for row in rows:
+                    session.advance([row], exit_layer)
+                found += session.advance(rows, session.exits[-1])
+                session.commit(rows[-1])
+        yield np.stack(found)
+
+
+def _width_noise(engine: Engine, tokens: Sequence[int]) -> float:
+    alone, *wider = (_in_widths(engine, tokens, width) for width in _WIDTHS)
+    return max(_difference(alone, other) for other in wider)
+
+
+def _jitter(engine: Engine, tokens: Sequence[int]) -> float:
+    """Largest change of the gap between a position's two best tokens when rows entering a segment change slightly."""
+    random, last = np.random.default_rng(0), len(engine.exits) - 1
+    (plain,) = (logits for k, logits in _segment_by_segment(engine, tokens, None) if k == last)
+    best, worst = np.argsort(plain, axis=-1)[:, -2:], 0.0
+    for _ in range(_JITTER_RUNS):
+        (shaken,) = (logits for k, logits in _segment_by_segment(engine, tokens, random) if k == last)
+        gaps = (np.take_along_axis(logits, best, -1) for logits in (plain, shaken))
+        before, after = (gap[:, 1] - gap[:, 0] for gap in gaps)
+        worst = max(worst, float(np.abs(before - after).max()))
+    return worst
+
+
+def _draft_head_error(engine: Engine, tokens: Sequence[int], whole: Path) -> float:
+    """Largest relative error of the draft head over the inner exits, against its definition computed with numpy.
+
+    Definition: logits = W · (h / rms(h) * g), W the head's rows of the draft vocabulary, g the final norm's gain.
+    """
+    if engine.draft_vocabulary is None:
+        return 0.0
+    sample = slice(None, None, -(-len(engine.draft_vocabulary) // _HEAD_ROWS))
+    rows, gain, eps = head_rows(whole, engine.draft_vocabulary[sample])
+    worst = 0.0
+    cache = engine.open_cache(_context_length(engine, tokens), RowTree())
+    for segment, hidden in _segment_by_segment(engine, tokens, None):
+        if segment < len(engine.exits) - 1:
+            found = cache.draft_logits(list(hidden))[:, sample]
+            expected = hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + eps) * gain @ rows.T
+            worst = max(worst, float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
+    cache.close()
+    return worst
+
+
+def _segment_by_segment(
+    engine: Engine, tokens: Sequence[int], shake: np.random.Generator | None
+) -> Iterator[tuple[int, FloatArray]]:
+    """After each segment: its index and the rows' hidden states (after the last one, their logits)."""
+    tree = RowTree()
+    cache = engine.open_cache(_context_length(engine, tokens), tree)
+    tokens = tokens[: cache.max_width]
+    chain = [tree.add(token, index - 1) for index, token in enumerate(tokens)]
+    state = cache.embed(tokens)
+    for segment in range(len(engine.exits)):
+        if shake is not None:
+            scale = _JITTER * np.sqrt((state**2).mean(-1, keepdims=True))
+            state = state + scale * shake.standard_normal(state.shape, np.float32)
+        state = cache.run(segment, chain, list(state), [True] * len(chain))
+        for row in chain:
+            tree.progress[row] = segment + 1
+        yield segment, state
+    cache.close()
+
+
+def head_rows(whole: Path, token_ids: NDArray[np.int32]) -> tuple[FloatArray, FloatArray, float]:
+    """The LM head's rows of some tokens [n, hidden_size], the final norm's gain [hidden_size] and epsilon."""
+    import gguf
+
+    from skipstone.exporters.formats.gguf.parts import GgufModel
+
+    model = GgufModel(whole)
+    part = model.parts.get("output.weight", model.parts["token_embd.weight"])
+    rows = gguf.quants.dequantize(np.ascontiguousarray(part.data()[token_ids]), part.type)
+    gain = model.parts["output_norm.weight"].data()
+    return (
+        np.asarray(rows, np.float32),
+        np.asarray(gain, np.float32),
+        float(model.fact("attention.layer_norm_rms_epsilon")),
+    )
+
+
+def _context_length(engine: Engine, tokens: Sequence[int]) -> int:
+    return min(engine.max_context_length, 2 * len(tokens))
+
+
+def _difference(one: FloatArray, other: FloatArray) -> float:
+    return float(np.abs(one - other).max())
+
+
+def _within(what: str, found: float, tolerance: float) -> tuple[bool, str]:
+    return found <= tolerance, f"{what} differ by {found:.3g}, at most {tolerance:.3g} is allowed"
+
+
+def _at_least(what: str, found: float, least: float) -> tuple[bool, str]:
+    return found >= least, f"{what}: {found:.0%}, at least {least:.0%} is expected"

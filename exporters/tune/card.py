@@ -1,0 +1,170 @@
+"""The model card that `tune` writes beside the weights."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from skipstone.exporters.tune.recipe import exits_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from skipstone.exporters.tune.data import PackageShare
+    from skipstone.exporters.tune.evaluate import ExitReport
+    from skipstone.exporters.tune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the card says of a run: how it was made and on what.
+
+    Attributes:
+        name: the model's name.
+        origin: the checkpoint it continues, or "" when trained from scratch.
+        command: the command that makes the model again.
+        parameters: number of parameters, tied ones once.
+        layers: decoder layers.
+        steps: optimizer steps.
+        tokens: tokens predicted in training, repeats counted.
+        corpus_tokens: tokens of the training part of the corpus.
+        minutes: minutes spent training.
+        rotation: exits that had a loss, one set per step in turn.
+    """
+
+    name: str
+    origin: str
+    command: str
+    parameters: int
+    layers: int
+    steps: int
+    tokens: int
+    corpus_tokens: int
+    minutes: float
+    rotation: tuple[tuple[int, ...], ...]
+
+
+def model_card(facts: RunFacts, recipe: Recipe, shares: Iterable[PackageShare], report: ExitReport) -> str:
+    """The card's text in Markdown, figures taken from the report and the run."""
+    sections = (
+        _header(facts),
+        _exits(facts, report),
+        _making(facts, recipe),
+        _data(recipe, list(shares)),
+        _limits(),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _header(facts: RunFacts) -> str:
+    start = f"continued from `{facts.origin}`" if facts.origin else "trained from scratch"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [early-exit, layerskip, self-speculative-decoding]
+---
+
+# {facts.name}
+
+A decoder of {facts.parameters / 1e6:.1f} M parameters and {facts.layers} layers, {start} with the LayerSkip recipe \
+(layer dropout and an early-exit loss, [arXiv 2404.16710](https://arxiv.org/abs/2404.16710)), its exits distilled \
+from its own last layer. It exits early through the one final norm and LM head it has, so an early exit can draft \
+tokens that the whole model then verifies. The folder is an ordinary Hugging Face checkpoint."""
+
+
+def _exits(facts: RunFacts, report: ExitReport) -> str:
+    rows = [
+        (
+            f"{figures.exit}{' *' if figures.trained else ''}",
+            f"{figures.loss:.3f}",
+            f"{figures.agreement:.3f}",
+            f"{figures.accuracy:.3f}",
+        )
+        for figures in report.exits
+    ]
+    return f"""## Exits on held-out text
+
+{report.tokens:,} tokens of files that were not trained on. Agreement: how often an exit's most likely token is the \
+last layer's. Exits with a star had a loss of their own. The same figures are in `exits.json`.
+
+{_table(("exit", "loss (nats/token)", "agreement", "next-token accuracy"), rows)}
+
+![loss and agreement by exit](exits.png)"""
+
+
+def _making(facts: RunFacts, recipe: Recipe) -> str:
+    exits = ", ".join(map(str, exits_of(facts.rotation)))
+    return f"""## How it was made
+
+```sh
+{facts.command}
+```
+
+{facts.steps:,} steps in {facts.minutes:.0f} minutes saw {facts.tokens / 1e6:.1f} M tokens of a training corpus of \
+{facts.corpus_tokens / 1e6:.1f} M. A run limited by time ends where the machine's speed lets it, so another machine's \
+figures differ. Exits {exits} had a loss, in the rotation {[list(group) for group in facts.rotation]}.
+
+The recipe:
+
+```toml
+{to_toml(recipe)}
+```"""
+
+
+def _data(recipe: Recipe, shares: Sequence[PackageShare]) -> str:
+    total = sum(share.bytes for share in shares)
+    rows = [
+        (
+            share.package,
+            share.version,
+            share.licence,
+            str(share.files),
+            str(share.held_out_files),
+            f"{share.bytes / 1e6:.2f}",
+            f"{share.bytes / total:.1%}",
+        )
+        for share in shares
+    ]
+    return f"""## Data
+
+A file is held out when the SHA-256 of its content is divisible by {recipe.corpus.held_out_modulus}; all figures above \
+come from those. Tests, vendored copies, tables and exact duplicates are left out. Versions and licences are those \
+that the packages' metadata state.
+
+{_table(("source", "version", "licence", "files", "held out", "MB", "share"), rows)}"""
+
+
+def _limits() -> str:
+    return """## Limits
+
+Small and trained briefly: good for trying and measuring early exits and speculative decoding, not for writing code \
+that anyone relies on. It knows the style of its sources and little else, and may repeat passages of them, to which \
+their licences apply. The split is by exact content: a held-out file may have near relatives in the training part. \
+It was not aligned, filtered or tested for safety."""
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML that reads back to the same recipe."""
+    lines: list[str] = []
+    for table, fields in asdict(recipe).items():
+        lines += ["", f"[{table}]"] if lines else [f"[{table}]"]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in fields.items()]
+    text = "\n".join(lines)
+    tomllib.loads(text)
+    return text
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -1,0 +1,1 @@
+"""Sessions, drafters, verification and engines: numpy only."""

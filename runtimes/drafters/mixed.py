@@ -1,0 +1,38 @@
+"""Several drafters' trees in one: equal paths are shared, the most promising nodes kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from skipstone.runtimes.drafters.base import Drafter, DraftRequest, Observation
+from skipstone.runtimes.tree import TokenTree
+
+
+class MixedDrafter:
+    """See `skipstone.runtimes.drafters.base.Drafter`. Its parts must draft deterministically.
+
+    Args:
+        parts: the drafters whose trees are merged.
+    """
+
+    def __init__(self, parts: Sequence[Drafter]) -> None:
+        self._parts = tuple(parts)
+        self.name = "+".join(part.name for part in parts)
+
+    def reset(self, prompt: Sequence[int]) -> None:
+        for part in self._parts:
+            part.reset(prompt)
+
+    def propose(self, request: DraftRequest) -> TokenTree:
+        merged = TokenTree()
+        for part in self._parts:
+            merged = merged.merge(part.propose(request))
+        return merged.best(request.limit)
+
+    def observe(self, observation: Observation) -> None:
+        for part in self._parts:
+            part.observe(observation)
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()

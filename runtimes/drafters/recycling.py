@@ -1,0 +1,84 @@
+"""Token recycling (arXiv 2408.08696): the successors every verification scores anyway are kept and drafted from.
+
+A matrix [vocabulary, k] holds, for every token, the k best next tokens of the last time the token was scored (the
+paper's adjacency matrix, section 3.1). The draft is the tree of its most probable paths by breadth-first search
+(section 3.2), with the shape not fixed in advance but given by how often the i-th successor was accepted so far.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.runtimes.drafters.base import DraftRequest, Observation
+from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.tree import TokenTree
+
+_PRIOR = (0.42, 0.13, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02)
+_LEARNING = 0.03
+_FLOOR = 0.02
+_UNSEEN = -1
+
+
+class RecyclingDrafter:
+    """See `skipstone.runtimes.drafters.base.Drafter`. The matrix outlives sequences: text of one kind repeats itself.
+
+    Args:
+        vocab_size: rows of the matrix.
+        successors: columns of the matrix, at most 8.
+    """
+
+    name = "recycling"
+
+    def __init__(self, vocab_size: int, successors: int = 6) -> None:
+        self._successors = successors
+        self._matrix: NDArray[np.int32] = np.full((vocab_size, successors), _UNSEEN, np.int32)
+        self._trust = list(_PRIOR[:successors])
+
+    def reset(self, prompt: Sequence[int]) -> None:
+        """Only the bigrams of the prompt itself are entered; the matrix stays."""
+        for token, following in zip(prompt, prompt[1:], strict=False):
+            if self._matrix[token, 0] == _UNSEEN:
+                self._matrix[token, 0] = following
+
+    def propose(self, request: DraftRequest) -> TokenTree:
+        tree = TokenTree()
+        heap: list[tuple[float, int, int, int]] = []
+        order = 0
+
+        def spread(node: int, token: int, score: float) -> None:
+            nonlocal order
+            for rank, following in enumerate(self._matrix[token].tolist()):
+                expected = score * self._trust[rank]
+                if following == _UNSEEN or expected < _FLOOR:
+                    break
+                order += 1
+                heapq.heappush(heap, (-expected, order, node, following))
+
+        spread(ROOT, request.context[-1], 1.0)
+        while heap and len(tree) < request.limit:
+            negative, _, parent, token = heapq.heappop(heap)
+            spread(tree.add(token, parent, -negative), token, -negative)
+        return tree
+
+    def observe(self, observation: Observation) -> None:
+        self._learn_ranks(observation.context[-observation.fresh - 1 :])
+        k = self._successors
+        for token, logits in zip(observation.tokens, observation.logits, strict=True):
+            best = np.argpartition(logits, -k)[-k:]
+            self._matrix[token] = best[np.argsort(-logits[best], kind="stable")]
+
+    def close(self) -> None:
+        return None
+
+    def _learn_ranks(self, text: Sequence[int]) -> None:
+        """How often the i-th kept successor was the next token."""
+        for token, following in zip(text, text[1:], strict=False):
+            row = self._matrix[token].tolist()
+            if row[0] == _UNSEEN:
+                continue
+            for rank in range(self._successors):
+                self._trust[rank] += _LEARNING * ((row[rank] == following) - self._trust[rank])

@@ -1,0 +1,46 @@
+"""Engines by bundle format. A new engine is one module and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from skipstone.bundle import Bundle
+from skipstone.errors import EngineError
+from skipstone.runtimes.engines.base import Engine
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a user may choose when a bundle is opened.
+
+    Attributes:
+        threads: CPU threads; None: one per core this process may use.
+        kv_type: `f16` or `f32`; None: f32 for f32 bundles, f16 otherwise.
+        gpu_layers: layers to place on a GPU; refused where the build has no GPU backend.
+    """
+
+    threads: int | None = None
+    kv_type: str | None = None
+    gpu_layers: int = 0
+
+
+def _llamacpp(bundle: Bundle, options: EngineOptions) -> Engine:
+    from skipstone.runtimes.engines.llamacpp import LlamaCppEngine
+
+    return LlamaCppEngine(bundle, options)
+
+
+ENGINES: dict[str, Callable[[Bundle, EngineOptions], Engine]] = {"gguf": _llamacpp}
+
+
+def open_engine(bundle: Bundle, options: EngineOptions | None = None) -> Engine:
+    """The engine for a bundle's format, weights loaded.
+
+    Raises:
+        EngineError: no engine for the format, or it refused to load the artefacts.
+    """
+    make = ENGINES.get(bundle.manifest.format)
+    if make is None:
+        raise EngineError(f"{bundle.path}: no engine runs format {bundle.manifest.format}", hint=f"known: {', '.join(ENGINES)}")
+    return make(bundle, options or EngineOptions())

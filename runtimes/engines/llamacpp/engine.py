@@ -1,0 +1,117 @@
+"""Weights of a GGUF bundle on llama.cpp."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.bundle import Bundle
+from skipstone.errors import BundleError, EngineError, UsageError
+from skipstone.runtimes.engines.llamacpp.cache import LlamaCppCache
+from skipstone.runtimes.engines.llamacpp.embedding import EmbeddingTable
+from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part
+from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, library
+from skipstone.runtimes.engines.llamacpp.trust import repacking_is_safe
+from skipstone.runtimes.rows import RowTree
+
+if TYPE_CHECKING:
+    from skipstone.runtimes.engines import EngineOptions
+
+
+class LlamaCppEngine:
+    """See `skipstone.runtimes.engines.base.Engine`.
+
+    Every weight is read from disk once and held once: the segments share nothing, the LM head lives in the last
+    segment, the embedding table is mapped out of that same file, and the draft head holds its own few rows.
+
+    Raises:
+        EngineError: llama.cpp is missing, refuses a file, or has no GPU backend although GPU layers were asked for.
+        BundleError: the artefacts do not fit the manifest.
+    """
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        manifest = bundle.manifest
+        self._lane_options = _lane_options(bundle, options)
+        self._parts: list[Part] = []
+        self._head: Part | None = None
+        if options.gpu_layers and not library().llama.llama_supports_gpu_offload():
+            raise EngineError(
+                f"{options.gpu_layers} GPU layers: this build of llama-cpp-python has no GPU backend",
+                hint="build it with CUDA, Vulkan or Metal, or leave --gpu-layers out",
+            )
+        self.exits = (*manifest.exits, manifest.model.num_layers)
+        self.hidden_size, self.vocab_size = manifest.model.hidden_size, manifest.model.vocab_size
+        self.max_context_length = manifest.model.context_length
+        self.draft_vocabulary: NDArray[np.int32] | None = None
+        self._outputs = [segment.output for segment in manifest.segments]
+        self._table = EmbeddingTable(bundle.file(manifest.embedding.file), manifest.embedding)
+        try:
+            self._load(bundle, options)
+        except Exception:
+            self.close()
+            raise
+
+    @property
+    def threads(self) -> int:
+        """CPU threads per batch."""
+        return self._lane_options.threads
+
+    def open_cache(self, context_length: int, tree: RowTree) -> LlamaCppCache:
+        options = self._lane_options
+        lanes = [Lane(part, out, context_length, options) for part, out in zip(self._parts, self._outputs, strict=True)]
+        head = None
+        if self._head is not None:
+            head = Lane(self._head, "logits", options.max_width, options)
+            head.flags[:] = 1
+            head.positions[:] = np.arange(options.max_width)
+        return LlamaCppCache(
+            self._table, lanes, head, tree, context_length, options.max_width, options.max_branches
+        )
+
+    def close(self) -> None:
+        for part in (*self._parts, self._head):
+            if part is not None:
+                part.close()
+
+    def _load(self, bundle: Bundle, options: EngineOptions) -> None:
+        manifest = bundle.manifest
+        for entry in manifest.segments:
+            part = Part(bundle.file(entry.file), self._lane_options, gpu_layers=options.gpu_layers)
+            self._parts.append(part)
+            self._expect(part, part.hidden_size == self.hidden_size, f"hidden size {part.hidden_size}")
+            self._expect(part, part.num_layers == entry.stop - entry.first, f"{part.num_layers} layers")
+        last = self._parts[-1]
+        self._expect(last, last.vocab_size == self.vocab_size, f"vocabulary of {last.vocab_size}")
+        draft = manifest.draft_head
+        if draft is not None:
+            self._head = Part(bundle.file(draft.file), self._lane_options, gpu_layers=options.gpu_layers)
+            self.draft_vocabulary = np.fromfile(bundle.file(draft.vocabulary), "<i4").astype(np.int32)
+            ids = self.draft_vocabulary
+            self._expect(self._head, self._head.vocab_size == draft.rows == len(ids), f"{len(ids)} draft tokens")
+            fits = len(ids) > 0 and 0 <= int(ids.min()) and int(ids.max()) < self.vocab_size
+            self._expect(self._head, fits, "draft tokens outside the vocabulary")
+
+    def _expect(self, part: Part, holds: bool, found: str) -> None:
+        if not holds:
+            raise BundleError(f"{part.path}: {found}, which does not fit the manifest", hint="export the bundle again")
+
+
+def _lane_options(bundle: Bundle, options: EngineOptions) -> LaneOptions:
+    threads = options.threads if options.threads is not None else default_threads()
+    if not 1 <= threads <= 512:
+        raise UsageError(f"--threads {threads}: expected 1 to 512")
+    scheme = bundle.manifest.quantization.scheme
+    kv_type = options.kv_type or ("f32" if scheme == "f32" else "f16")
+    if kv_type not in ("f16", "f32"):
+        raise UsageError(f"--kv-type {kv_type}: expected one of f16, f32", hint=f"ggml knows {', '.join(GGML_TYPES)}")
+    return LaneOptions(threads=threads, kv_type=kv_type, extra_buffers=repacking_is_safe(bundle))
+
+
+def default_threads() -> int:
+    """One per core this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

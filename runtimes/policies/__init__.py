@@ -1,0 +1,1 @@
+"""Policies that choose, while text is generated, how the next round drafts."""

@@ -1,0 +1,140 @@
+"""Strategies by name: how a user's choice becomes a policy. A new one is one function and one line in STRATEGIES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from skipstone.errors import UsageError
+from skipstone.runtimes.costs import CostModel
+from skipstone.runtimes.drafters import text_drafter
+from skipstone.runtimes.drafters.base import Drafter
+from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
+from skipstone.runtimes.drafters.growth import GrowthOptions
+from skipstone.runtimes.drafters.ngram import NGramDrafter
+from skipstone.runtimes.engines.base import Engine
+from skipstone.runtimes.generate import FixedPolicy, Policy
+from skipstone.runtimes.policies.auto import AutoPolicy
+
+
+@dataclass(frozen=True)
+class StrategyOptions:
+    """What a user may fix; None leaves it to the strategy.
+
+    Attributes:
+        assistant_early_exit: exit to draft with.
+        num_assistant_tokens: longest draft.
+        assistant_confidence_threshold: stop a draft when the drafting model's probability falls under it.
+        prompt_lookup_num_tokens: longest copied draft.
+    """
+
+    assistant_early_exit: int | None = None
+    num_assistant_tokens: int | None = None
+    assistant_confidence_threshold: float | None = None
+    prompt_lookup_num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        for flag in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise UsageError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
+        threshold = self.assistant_confidence_threshold
+        if threshold is not None and not 0 <= threshold < 1:
+            raise UsageError(f"--assistant-confidence-threshold {threshold}: expected a value in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What strategies are made of.
+
+    Attributes:
+        engine: the target.
+        costs: its cost model.
+        options: the user's.
+        draft_model: makes the draft model's drafter with a given source and shape, or None without a draft model.
+    """
+
+    engine: Engine
+    costs: CostModel
+    options: StrategyOptions
+    draft_model: Callable[[Drafter | None, GrowthOptions], Drafter] | None = None
+
+
+def make_policy(name: str, materials: Materials) -> Policy:
+    """The policy of a strategy.
+
+    Raises:
+        UsageError: an unknown strategy, or one this bundle cannot run.
+    """
+    make = STRATEGIES.get(name)
+    if make is None:
+        raise UsageError(f"--strategy {name}: not known", hint=f"one of {', '.join(STRATEGIES)}")
+    return make(materials)
+
+
+def _plain(_materials: Materials) -> Policy:
+    return FixedPolicy(None)
+
+
+def _prompt_lookup(materials: Materials) -> Policy:
+    return FixedPolicy(NGramDrafter(length=materials.options.prompt_lookup_num_tokens or 10))
+
+
+def _text(names: str) -> Callable[[Materials], Policy]:
+    return lambda materials: FixedPolicy(text_drafter(names, materials.engine.vocab_size))
+
+
+def _layerskip(materials: Materials) -> Policy:
+    return FixedPolicy(EarlyExitDrafter(chosen_exit(materials), None, _shape(materials, guesses=0)))
+
+
+def _staged(materials: Materials) -> Policy:
+    source = text_drafter("prompt-lookup+recycling", materials.engine.vocab_size)
+    return FixedPolicy(EarlyExitDrafter(chosen_exit(materials), source, _shape(materials)))
+
+
+def _draft_model(materials: Materials) -> Policy:
+    if materials.draft_model is None:
+        raise UsageError("--strategy draft-model: no draft model given", hint="pass --assistant-model BUNDLE")
+    source = text_drafter("prompt-lookup+recycling", materials.engine.vocab_size)
+    return FixedPolicy(materials.draft_model(source, _shape(materials)))
+
+
+def _auto(materials: Materials) -> Policy:
+    return AutoPolicy(materials.engine, materials.costs)
+
+
+STRATEGIES: dict[str, Callable[[Materials], Policy]] = {
+    "auto": _auto,
+    "plain": _plain,
+    "layerskip": _layerskip,
+    "staged": _staged,
+    "prompt-lookup": _prompt_lookup,
+    "katz": _text("katz"),
+    "recycling": _text("recycling"),
+    "draft-model": _draft_model,
+}
+
+
+def chosen_exit(materials: Materials) -> int:
+    """The user's exit, else the first inner one.
+
+    Raises:
+        UsageError: not one of the bundle's inner exits, or the bundle has none.
+    """
+    inner, wish = materials.engine.exits[:-1], materials.options.assistant_early_exit
+    if not inner or materials.engine.draft_vocabulary is None:
+        raise UsageError("this bundle has no early exits", hint="export it with --exits, or use --strategy prompt-lookup")
+    if wish is not None and wish not in inner:
+        raise UsageError(f"--assistant-early-exit {wish}: this bundle's exits are {', '.join(map(str, inner))}")
+    return inner[0] if wish is None else wish
+
+
+def _shape(materials: Materials, guesses: int | None = None) -> GrowthOptions:
+    options, default = materials.options, GrowthOptions()
+    return GrowthOptions(
+        guesses=default.guesses if guesses is None else guesses,
+        length=options.num_assistant_tokens,
+        confidence=options.assistant_confidence_threshold or default.confidence,
+    )

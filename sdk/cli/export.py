@@ -1,0 +1,112 @@
+"""`skipstone export`: a checkpoint, hub name or .gguf into a bundle."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from skipstone.bundle import Manifest
+from skipstone.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from skipstone.exporters.formats import Step
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Hugging Face folder, hub name, or a .gguf file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
+    device: Annotated[str, typer.Option(help="Device profile; `skipstone devices` lists them.")] = "cpu",
+    format: Annotated[str, typer.Option(help="Artefact format.")] = "gguf",
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="none, f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_xs, …", show_default="q8_0"),
+    ] = None,
+    exits: Annotated[
+        str | None,
+        typer.Option(help="Layers to cut at, say 2,4; 'none' for no cuts.", show_default="by model"),
+    ] = None,
+    draft_vocab_size: Annotated[
+        int | None, typer.Option(help="Rows of the draft head; 0: all.", show_default="a quarter")
+    ] = None,
+    draft_vocab_text: Annotated[
+        Path | None, typer.Option(help="Text to count tokens in, for choosing the draft head's rows.")
+    ] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="Calibration text for an importance matrix.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Export a model, cut at its early exits, and test it against its source."""
+    chosen = parse_exits(exits)
+    from skipstone.exporters.pipeline import export_checkpoint
+
+    with _progress(quiet=json) as report:
+        bundle = export_checkpoint(
+            checkpoint,
+            output,
+            device=device,
+            format=format,
+            quantize=quantize,
+            exits=chosen,
+            draft_vocab_size=draft_vocab_size,
+            draft_vocab_text=draft_vocab_text,
+            imatrix=imatrix,
+            overwrite=overwrite,
+            progress=report,
+        )
+    if json:
+        typer.echo(bundle.manifest.model_dump_json(indent=2))
+    else:
+        _summarise(output, bundle.manifest)
+
+
+def parse_exits(text: str | None) -> tuple[int, ...] | None:
+    """`2,4` → (2, 4), `none` → (), None → None.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text is None:
+        return None
+    if text.strip().lower() in ("none", ""):
+        return ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"--exits {text}: whole numbers were expected", hint="write them as 2,4 or pass none"
+        ) from error
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[Step], None]]:
+    """A bar over the steps, on standard error and only on a terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def report(step: Step) -> None:
+            progress.update(task, description=step.name, completed=step.index - 1, total=step.total)
+
+        yield report
+
+
+def _summarise(output: Path, manifest: Manifest) -> None:
+    size = sum(entry.size for entry in manifest.files) / 1e6
+    parity, exits = manifest.parity, ", ".join(map(str, manifest.exits)) or "none"
+    console = Console()
+    console.print(
+        f"[bold]{manifest.model.name}[/bold] → {output}  {manifest.quantization.scheme}, {size:.1f} MB, exits {exits}",
+        highlight=False,
+    )
+    against = ""
+    if parity.reference is not None and parity.agreement_with_reference is not None:
+        against = f"{parity.agreement_with_reference:.0%} of best tokens as the reference (logits ≤ {parity.reference:.2g}), "
+    console.print(f"self-test passed: {against}cut against whole ≤ {parity.split:.2g}", highlight=False)
+    console.print(f"next: skipstone generate {output} --prompt TEXT", highlight=False)
