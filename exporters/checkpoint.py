@@ -1,4 +1,5 @@
-"""A Hugging Face checkpoint on disk: found by folder or hub name, its task inferred, its tensors read one at a time.
+"""A Hugging Face checkpoint on disk: found by folder or hub name, its task inferred, its tensors read one at
+a time.
 
     >>> checkpoint = open_checkpoint("samples/models/coder")
     >>> checkpoint.architecture
@@ -12,18 +13,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from skipstone.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
+
+_Found = TypeVar("_Found")
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _WANTED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model")
@@ -63,6 +66,23 @@ class Checkpoint:
         Raises:
             CheckpointError: the tensor is missing or its file cannot be read.
         """
+        tensor: torch.Tensor = self._stored(name, lambda file: file.get_tensor(name))
+        return tensor
+
+    def stored_type(self, name: str) -> str:
+        """The type that a tensor is stored in, as safetensors names it (`BF16`), without reading the tensor.
+
+        Raises:
+            CheckpointError: as `tensor`.
+        """
+        return self._stored(name, lambda file: str(file.get_slice(name).get_dtype()))
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder, {} where there is none."""
+        return _read_json(self.path / name) if (self.path / name).is_file() else {}
+
+    def _stored(self, name: str, read: Callable[[Any], _Found]) -> _Found:
+        """What `read` makes of the opened file that holds the tensor."""
         from safetensors import SafetensorError, safe_open
 
         file = self.tensor_files.get(name)
@@ -72,18 +92,14 @@ class Checkpoint:
             )
         try:
             with safe_open(file, framework="pt") as stored:
-                tensor: torch.Tensor = stored.get_tensor(name)
-                return tensor
+                return read(stored)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {name}: {error}", hint="download the checkpoint again") from error
 
-    def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder, {} where there is none."""
-        return _read_json(self.path / name) if (self.path / name).is_file() else {}
-
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """Open a checkpoint folder, or fetch one by its hub name (HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE are honoured).
+    """Open a checkpoint folder, or fetch one by its hub name (HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE are
+    honoured).
 
     Raises:
         CheckpointError: not found, not a checkpoint, or a task other than text generation.
@@ -111,12 +127,12 @@ def quiet_loading() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _find_folder(source: str) -> Path:
@@ -203,7 +219,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     if not single.is_file():
         raise CheckpointError(
             f"{folder}: neither {_SINGLE} nor {_INDEX} found",
-            hint="save the model with save_pretrained(...), which writes safetensors; pickled weights are not read",
+            hint="save the model with save_pretrained(...), as safetensors; pickled weights are not read",
         )
     try:
         with safe_open(single, framework="pt") as stored:

@@ -1,7 +1,8 @@
-"""Which tokens the draft head knows: the most frequent ones, so that drafting pays for few rows of the LM head.
+"""Which tokens the draft head knows: the most frequent ones, so that drafting pays for few rows of the LM
+head.
 
-Verification always uses the full vocabulary, so a token left out costs a rejected draft and never a wrong output.
-The idea is that of FR-Spec (arXiv 2502.14856, section 4).
+Verification always uses the full vocabulary, so a token left out costs a rejected draft and never a wrong
+output. The idea is that of FR-Spec (arXiv 2502.14856, section 4).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Which exits a model is cut at: those asked for, those recorded with the checkpoint, or a default by depth."""
+"""Which exits a model is cut at: those asked for, those recorded with the checkpoint, or a default by
+depth.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,24 @@ def check_exits(exits: Sequence[int], num_layers: int, period: int = 1) -> tuple
     Raises:
         UsageError: out of 1 … num_layers - 1, twice the same, or not a multiple of `period`.
     """
+    flag = f"--exits {','.join(map(str, exits))}"
     for exit_layer in exits:
         if not 0 < exit_layer < num_layers:
             raise UsageError(
-                f"--exits {','.join(map(str, exits))}: exit {exit_layer} is out of range for {num_layers} layers",
+                f"{flag}: exit {exit_layer} is out of range for {num_layers} layers",
                 hint=f"an exit is a number of layers run, from 1 to {num_layers - 1}",
             )
         if exit_layer % period:
-            raise UsageError(
-                f"--exits {','.join(map(str, exits))}: this architecture can be cut at multiples of {period} only"
-            )
+            raise UsageError(f"{flag}: this architecture can be cut at multiples of {period} only")
     if len(set(exits)) != len(exits):
-        raise UsageError(f"--exits {','.join(map(str, exits))}: an exit is named twice")
+        raise UsageError(f"{flag}: an exit is named twice")
     return tuple(sorted(exits))
 
 
 def default_exits(num_layers: int, period: int = 1) -> tuple[int, ...]:
-    """Two exits near a sixth and a third of the depth, one for shallow models: each cut costs a call per token."""
+    """Two exits near a sixth and a third of the depth, one for shallow models: each cut costs a call per
+    token.
+    """
     parts = (1 / 6, 1 / 3) if num_layers >= 6 * period else (1 / 3,)
     rounded = {max(1, round(num_layers * part / period)) * period for part in parts}
     return tuple(sorted(exit_layer for exit_layer in rounded if exit_layer < num_layers))

@@ -1,6 +1,6 @@
 """Running a function in a process of its own: a crash of a C library becomes an ExportError.
 
-    >>> run_isolated("skipstone.exporters.formats.gguf.quantize:quantize_file", source="a.gguf", target="b.gguf", …)
+    >>> run_isolated("skipstone.exporters.formats.gguf.library:save_logits", source="a.gguf", tokens=[1], …)
 
 Arguments and results are JSON. Errors raised on purpose in the child are raised again, of the same class.
 """
@@ -49,8 +49,9 @@ def run_isolated(function: str, /, **arguments: Any) -> Any:
             check=False,
         )
         if process.returncode != 0 or not answer.is_file():
+            name = function.rsplit(":", 1)[-1]
             raise ExportError(
-                f"{function.rsplit(':', 1)[-1]}: the process {_fate(process.returncode)}: {_tail(process.stderr)}",
+                f"{name}: the process {_fate(process.returncode)}: {_tail(process.stderr)}",
                 hint="the files may be damaged, or this build of the engine cannot run them",
             )
         return _read(json.loads(answer.read_text(encoding="utf-8")))

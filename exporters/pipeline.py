@@ -3,8 +3,8 @@
     >>> from skipstone.exporters.pipeline import export_checkpoint
     >>> bundle = export_checkpoint("samples/models/coder", "out/", quantize="q8_0", exits=(2, 4))
 
-The bundle is written into a folder beside the target, put to the self-test there, and moved into place only after it
-passed; a failure of any kind leaves nothing behind.
+The bundle is written into a folder beside the target, put to the self-test there, and moved into place only
+after it passed; a failure of any kind leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def export_checkpoint(
         device: name of a device profile.
         format: name of a format (`skipstone.exporters.formats.FORMATS`).
         quantize: scheme; None: q8_0, or for a .gguf the one it has.
-        exits: layer counts to cut at; None: those recorded with the checkpoint, or a default by depth; (): no cuts.
+        exits: layer counts to cut at; None: those recorded with the checkpoint, or a default by depth; (): no
+            cuts.
         draft_vocab_size: rows of the draft head; None: a quarter of the vocabulary; 0: all of it.
         draft_vocab_text: text in which tokens are counted, to choose the draft head's rows.
         imatrix: calibration text for an importance matrix.

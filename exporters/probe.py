@@ -10,8 +10,8 @@ _TEXT = '''def read_lines(path, limit=None):
         lines = [line.rstrip("\\n") for line in stream]
     return lines if limit is None else lines[:limit]
 
-A river is never quite the same from one day to the next: the water that left the hills this morning has passed the
-bridge by noon, and what the anglers see at dusk fell as rain in another country.
+A river is never quite the same from one day to the next: the water that left the hills this morning has
+passed the bridge by noon, and what the anglers see at dusk fell as rain in another country.
 '''
 _COUNT = 64
 

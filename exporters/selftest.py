@@ -1,11 +1,14 @@
-"""The self-test at the end of every export: the artefact against its source, before the bundle is put in place.
+"""The self-test at the end of every export: the artefact against its source, before the bundle is put in
+place.
 
 1. reference: the pipeline's logits against eager transformers in f32;
 2. split: the segments against the uncut model in the same quantisation;
-3. draft then verify: rows brought to an exit first and to the end later, against rows brought to the end at once;
+3. draft then verify: rows brought to an exit first and to the end later, against rows brought to the end at
+   once;
 4. width noise: the same row alone and within wider batches;
-5. jitter: the gap between the two best tokens when the rows entering each segment change by a millionth, as another
-   order of summing does. With rounded activations it may change by much more, so the near-tie margin covers it;
+5. jitter: the gap between the two best tokens when the rows entering each segment change by a millionth, as
+   another order of summing does. With rounded activations it may change by much more, so the near-tie margin
+   covers it;
 6. draft head: its logits at every exit against the final norm and the head's rows computed here.
 
 The engine runs in a process of its own, so that a crash becomes an error that says so.
@@ -16,12 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.bundle import Parity
 from skipstone.errors import ExportError
+from skipstone.exporters.checkpoint import quiet_loading
 from skipstone.exporters.isolation import run_isolated
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.rows import RowTree
@@ -31,8 +36,10 @@ FloatArray = NDArray[np.float32]
 
 _MIN_MARGIN = 1e-4
 _WIDTHS = (1, 4, 16)
-# Cut or whole, the same kernels see the same numbers; only the order of a sum may differ. Beside quantised weights,
-# activations are rounded too, and such a difference may flip a rounding: tolerances in units of the logits' spread.
+_STEPPED = 32  # tokens of the probe in the runs that go row by row
+# Cut or whole, the same kernels see the same numbers; only the order of a sum may differ. Beside quantised
+# weights, activations are rounded too, and such a difference may flip a rounding: tolerances in units of the
+# logits' spread.
 _EXACT_SPLIT, _QUANTIZED_SPLIT = 1e-3, 0.25
 _QUANTIZED_SPLIT_RMS = 0.1
 _JITTER, _JITTER_RUNS = 1e-6, 3
@@ -49,7 +56,8 @@ class SelfTest:
         reference: checkpoint folder; None: there is none.
         tokens: the probe.
         min_agreement: share of positions at which the best token must be the reference's.
-        reference_tolerance: largest difference of a logit from the reference; None: only the agreement counts.
+        reference_tolerance: largest difference of a logit from the reference; None: only the agreement
+            counts.
     """
 
     whole: Path
@@ -61,7 +69,9 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Measured:
-    """Largest absolute differences of logits; `draft_head` is relative, `agreement` a share of equal best tokens."""
+    """Largest absolute differences of logits; `draft_head` is relative, `agreement` a share of equal best
+    tokens.
+    """
 
     finite: bool
     spread: float
@@ -153,9 +163,10 @@ def reference_logits(checkpoint: Path, tokens: Sequence[int]) -> FloatArray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        logits = model.eval()(torch.tensor([list(tokens)])).logits[0]
+    kind: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    with quiet_loading(), torch.no_grad():
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, **kind)
+        logits = model(torch.tensor([list(tokens)])).logits[0]
     return np.asarray(logits.numpy(), np.float32)
 
 
@@ -185,7 +196,7 @@ def measure(folder: str, whole: str, reference: str | None, tokens: list[int]) -
         split=_difference(at_once, uncut),
         split_rms=float(np.sqrt(((at_once - uncut) ** 2).mean())),
         draft_verify=max(
-            (_difference(at_once, x) for x in _drafted_then_verified(engine, tokens)), default=0.0
+            (_difference(at_once[: len(x)], x) for x in _drafted_then_verified(engine, tokens)), default=0.0
         ),
         width_noise=_width_noise(engine, tokens),
         jitter=_jitter(engine, tokens),
@@ -208,7 +219,10 @@ def _in_widths(engine: Engine, tokens: Sequence[int], width: int) -> FloatArray:
 
 
 def _drafted_then_verified(engine: Engine, tokens: Sequence[int]) -> Iterator[FloatArray]:
-    """For each inner exit: logits of rows run one by one to it first, and in blocks of four to the end later."""
+    """For each inner exit: logits of rows run one by one to it first, and in blocks of four to the end
+    later.
+    """
+    tokens = tokens[:_STEPPED]
     for exit_layer in engine.exits[:-1]:
         found: list[FloatArray] = []
         with Session(engine, _context_length(engine, tokens)) as session:
@@ -222,12 +236,15 @@ def _drafted_then_verified(engine: Engine, tokens: Sequence[int]) -> Iterator[Fl
 
 
 def _width_noise(engine: Engine, tokens: Sequence[int]) -> float:
+    tokens = tokens[:_STEPPED]
     alone, *wider = (_in_widths(engine, tokens, width) for width in _WIDTHS)
     return max(_difference(alone, other) for other in wider)
 
 
 def _jitter(engine: Engine, tokens: Sequence[int]) -> float:
-    """Largest change of the gap between a position's two best tokens when rows entering a segment change slightly."""
+    """Largest change of the gap between a position's two best tokens when rows entering a segment change
+    slightly.
+    """
     random, last = np.random.default_rng(0), len(engine.exits) - 1
     (plain,) = (logits for k, logits in _segment_by_segment(engine, tokens, None) if k == last)
     best, worst = np.argsort(plain, axis=-1)[:, -2:], 0.0
@@ -240,9 +257,10 @@ def _jitter(engine: Engine, tokens: Sequence[int]) -> float:
 
 
 def _draft_head_error(engine: Engine, tokens: Sequence[int], whole: Path) -> float:
-    """Largest relative error of the draft head over the inner exits, against its definition computed with numpy.
+    """Largest relative error of the draft head over the inner exits, against its definition computed with
+    numpy.
 
-    Definition: logits = W · (h / rms(h) * g), W the head's rows of the draft vocabulary, g the final norm's gain.
+    Definition: logits = W · (h / rms(h) * g), W the head's rows of the draft vocabulary, g the norm's gain.
     """
     if engine.draft_vocabulary is None:
         return 0.0

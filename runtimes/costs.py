@@ -46,19 +46,24 @@ class CostModel:
         """Seconds per token of plain decoding."""
         return self.run(0, self.last_exit, 1)
 
-    def best_count(self, scores: Sequence[float], spent: float, *, start: int = 0, limit: int) -> tuple[int, float]:
+    def best_count(
+        self, scores: Sequence[float], spent: float, *, start: int = 0, limit: int, behind: Sequence[bool] = ()
+    ) -> tuple[int, float]:
         """How many drafts to verify, and the expected tokens per second then.
 
         Args:
             scores: acceptance probabilities of the drafts, descending.
             spent: seconds spent on drafting them.
-            start: exit the drafts stand at.
+            start: exit the drafts and the root stand at.
             limit: most drafts to verify.
+            behind: for each draft, whether it has not been run to `start` yet; none given: all stand there.
         """
-        best, rate, expected = 0, 1.0 / (spent + self.run(start, self.last_exit, 1)), 1.0
+        best, expected, waiting = 0, 1.0, 0
+        rate = 1.0 / (spent + self.run(start, self.last_exit, 1))
         for count, score in enumerate(scores[:limit], 1):
             expected += score
-            candidate = expected / (spent + self.run(start, self.last_exit, count + 1))
-            if candidate > rate:
-                best, rate = count, candidate
+            waiting += bool(behind and behind[count - 1])
+            seconds = spent + self.run(start, self.last_exit, count + 1) + self.run(0, start, waiting)
+            if expected / seconds > rate:
+                best, rate = count, expected / seconds
         return best, rate

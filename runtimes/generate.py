@@ -88,7 +88,7 @@ class Policy(Protocol):
     """Chooses how each round drafts."""
 
     def begin(self, prompt: Sequence[int], session: Session) -> None:
-        """A new sequence begins with these tokens; the last of them are not computed yet."""
+        """A new sequence begins with these tokens, which the session holds."""
 
     def next(self, request: DraftRequest) -> Drafter | None:
         """The drafter of the next round, None for a plain one."""
@@ -141,8 +141,8 @@ def generate(
         UsageError, ContextFullError: an empty or over-long prompt; the session is as before.
     """
     start = session.length
-    policy.begin([*session.tokens, *prompt], session)
     logits = session.prefill(prompt)
+    policy.begin([*session.tokens], session)
     run = _Run(session, policy, sampler, limits, costs, [*session.tokens])
     try:
         step = run.first(logits)
@@ -180,7 +180,8 @@ class _Run:
         """Propose, verify, commit, learn."""
         session, began = self._session, time.perf_counter()
         # drafters may compute rows that are not verified in the end: half the room is theirs
-        limit = min(self._limits.max_new_tokens - self.emitted - 1, (session.room - 1) // 2, _MOST_DRAFTS)
+        room = min((session.room - 1) // 2, session.max_branches - 1)
+        limit = min(self._limits.max_new_tokens - self.emitted - 1, room, _MOST_DRAFTS)
         request = DraftRequest(self._context, session, self._sampler, max(0, limit), self._costs)
         drafter = self._policy.next(request) if limit > 0 else None
         tree = drafter.propose(request) if drafter is not None else _NO_TREE

@@ -79,6 +79,11 @@ class Session:
         return self._cache.context_length - self._rows.base - len(self._rows)
 
     @property
+    def pending(self) -> int:
+        """Number of uncommitted rows."""
+        return len(self._rows) - self._rows.num_committed
+
+    @property
     def max_width(self) -> int:
         """Most rows the engine takes in one batch."""
         return self._cache.max_width
@@ -93,25 +98,24 @@ class Session:
 
         Args:
             tokens: token ids, n of them.
-            parents: for each row the id of its parent, `ROOT` (-1) for the committed tip; None: a chain from the tip.
+            parents: for each row the id of its parent, `ROOT` (-1) for the committed tip; None: a chain from
+                the tip.
 
         Returns:
             The rows' ids. A row equal to an existing one (same parent, same token) is that row.
 
         Raises:
-            UsageError: a token outside the vocabulary or a parent that does not exist.
+            UsageError: a token outside the vocabulary, or a parent that is neither the tip nor uncommitted.
         """
+        self._check_tokens(tokens)
         rows: list[int] = []
         parent = tip = self._rows.tip
         for index, token in enumerate(tokens):
             if parents is not None:
                 parent = parents[index]
                 parent = tip if parent == ROOT else parent
-            if not (0 <= token < self.engine.vocab_size and ROOT <= parent < len(self._rows)):
-                raise UsageError(
-                    f"row with token {token} under row {parent}: the vocabulary has {self.engine.vocab_size} tokens "
-                    f"and there are {len(self._rows)} rows"
-                )
+            if not tip <= parent < len(self._rows):
+                raise UsageError(f"parent {parent}: rows {tip + 1} to {len(self._rows) - 1} are uncommitted")
             parent = self._rows.add(token, parent)
             rows.append(parent)
         return rows
@@ -131,9 +135,7 @@ class Session:
             UsageError: an unknown exit, or a row that has left the exit behind without its logits having been asked.
             ContextFullError: no room for the rows; nothing has changed.
         """
-        target = self._segments.get(exit)
-        if target is None:
-            raise UsageError(f"exit {exit}: this model can stop at {', '.join(map(str, self.exits))}")
+        target = self._target(rows, exit)
         fresh = [row for row in rows if (row, target) not in self._logits]
         if fresh:
             self._compute(fresh, target)
@@ -141,14 +143,19 @@ class Session:
 
     def run(self, rows: Sequence[int], exit: int) -> None:
         """As `advance`, without asking for logits."""
-        self._run_segments(rows, self._segments[exit], ())
+        self._run_segments(rows, self._target(rows, exit), ())
 
     def commit(self, row: int) -> None:
         """Make the path from the committed tip to `row` the context; every other row vanishes.
 
         A path whose rows stopped at an early exit is committed as it is: the rows lag and are caught up in one batch
         when a later row needs the deeper segments.
+
+        Raises:
+            UsageError: not the tip or an uncommitted row.
         """
+        if not self._rows.tip <= row < len(self._rows):
+            raise UsageError(f"row {row}: rows {self._rows.tip + 1} to {len(self._rows) - 1} are uncommitted")
         path = self._rows.path(row)
         added = [self._rows.tokens[r] for r in path[self._rows.num_committed :]]
         self._cache.commit(path)
@@ -193,6 +200,8 @@ class Session:
                 f"prompt of {len(tokens)} tokens: the session has room for {self.room} of {self.context_length}",
                 hint="shorten the prompt or raise --context-length",
             )
+        self._check_tokens(tokens)
+        self.discard()
         starts = [*range(0, len(tokens), self.max_width), len(tokens)]
         for start, stop in pairwise(starts):
             rows = self.push(tokens[start:stop])
@@ -213,34 +222,45 @@ class Session:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
+    def _target(self, rows: Sequence[int], exit: int) -> int:
+        """Number of segments up to an exit, after checking the arguments."""
+        target = self._segments.get(exit)
+        if target is None:
+            raise UsageError(f"exit {exit}: this model can stop at {', '.join(map(str, self.exits))}")
+        if rows and not 0 <= min(rows) <= max(rows) < len(self._rows):
+            raise UsageError(f"rows {min(rows)} to {max(rows)}: there are {len(self._rows)} rows")
+        return target
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.engine.vocab_size:
+            wrong = next(token for token in tokens if not 0 <= token < self.engine.vocab_size)
+            raise UsageError(f"token {wrong}: the vocabulary has {self.engine.vocab_size} tokens")
+
     def _compute(self, rows: Sequence[int], target: int) -> None:
         """Logits of `rows` after `target` segments, into the store."""
-        if target == len(self.exits):
-            logits = self._run_segments(rows, target, rows)
-        else:
-            self._run_segments(rows, target, ())
-            logits = self._cache.draft_logits([self._standing_at(row, target) for row in rows])
-        for index, row in enumerate(rows):
-            self._logits[row, target] = logits[index]
+        last, width = target == len(self.exits), self._cache.max_width
+        for row in rows:
+            done = self._rows.progress[row]
+            if done > target or (last and done == target):
+                raise UsageError(
+                    f"row {row} has run {done} segments, its logits after {target} were never asked for"
+                )
+        self._run_segments(rows, target, rows if last else ())
+        for start in range(0, 0 if last else len(rows), width):
+            block = rows[start : start + width]
+            states = [h for h in (self._rows.hidden[row] for row in block) if h is not None]
+            for row, logits in zip(block, self._cache.draft_logits(states), strict=True):
+                self._logits[row, target] = logits
 
-    def _standing_at(self, row: int, target: int) -> FloatArray:
-        hidden = self._rows.hidden[row]
-        if hidden is None or self._rows.progress[row] != target:
-            raise UsageError(
-                f"row {row} has run {self._rows.progress[row]} segments, its logits after {target} were never asked for"
-            )
-        return hidden
+    def _run_segments(self, rows: Sequence[int], target: int, wanted: Sequence[int]) -> None:
+        """Run `rows` and lagging ancestors up to `target` segments; store the last exit's logits of `wanted`."""
+        todo, width = self._rows.lagging(rows, target), self._cache.max_width
+        for start in range(0, len(todo), width):
+            self._run_block(todo[start : start + width], target, wanted)
 
-    def _run_segments(self, rows: Sequence[int], target: int, wanted: Sequence[int]) -> FloatArray:
-        """Run `rows` and lagging ancestors up to `target` segments; logits of `wanted` in their order."""
+    def _run_block(self, todo: Sequence[int], target: int, wanted: Sequence[int]) -> None:
         tree, cache = self._rows, self._cache
-        todo = tree.lagging(rows, target)
-        if not todo:
-            return np.empty((0, 0), np.float32)
-        if len(todo) > cache.max_width:
-            raise ContextFullError(f"{len(todo)} rows at once: the engine takes {cache.max_width}")
         progress, hidden = tree.progress, tree.hidden
-        out = np.empty((0, 0), np.float32)
         for segment in range(min(progress[r] for r in todo), target):
             batch = [r for r in todo if progress[r] == segment]
             if segment == 0:
@@ -253,7 +273,6 @@ class Session:
             for index, row in enumerate(batch):
                 progress[row] = segment + 1
                 hidden[row] = None if last else out[index]
-        if list(wanted) != [r for r in todo if r in wanted]:
-            order = {row: index for index, row in enumerate(r for r in todo if r in wanted)}
-            out = out[[order[row] for row in wanted]]
-        return out
+            if last:
+                for row, logits in zip((r for r in batch if r in wanted), out, strict=True):
+                    self._logits[row, target] = logits

@@ -11,7 +11,9 @@ from skipstone.runtimes.drafters import text_drafter
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
 from skipstone.runtimes.drafters.growth import GrowthOptions
+from skipstone.runtimes.drafters.mixed import MixedDrafter
 from skipstone.runtimes.drafters.ngram import NGramDrafter
+from skipstone.runtimes.drafters.table import NGramTable, TableDrafter
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import FixedPolicy, Policy
 from skipstone.runtimes.policies.auto import AutoPolicy
@@ -52,13 +54,22 @@ class Materials:
         engine: the target.
         costs: its cost model.
         options: the user's.
+        table: the bundle's n-gram table, or None.
         draft_model: makes the draft model's drafter with a given source and shape, or None without a draft model.
     """
 
     engine: Engine
     costs: CostModel
     options: StrategyOptions
+    table: NGramTable | None = None
     draft_model: Callable[[Drafter | None, GrowthOptions], Drafter] | None = None
+
+    def text_source(self) -> Drafter:
+        """The cheapest stage: everything that drafts from text alone, merged."""
+        parts = [text_drafter("prompt-lookup", self.engine.vocab_size), text_drafter("recycling", self.engine.vocab_size)]
+        if self.table is not None:
+            parts.append(TableDrafter(self.table))
+        return MixedDrafter(parts)
 
 
 def make_policy(name: str, materials: Materials) -> Policy:
@@ -90,19 +101,17 @@ def _layerskip(materials: Materials) -> Policy:
 
 
 def _staged(materials: Materials) -> Policy:
-    source = text_drafter("prompt-lookup+recycling", materials.engine.vocab_size)
-    return FixedPolicy(EarlyExitDrafter(chosen_exit(materials), source, _shape(materials)))
+    return FixedPolicy(EarlyExitDrafter(chosen_exit(materials), materials.text_source(), _shape(materials)))
 
 
 def _draft_model(materials: Materials) -> Policy:
     if materials.draft_model is None:
         raise UsageError("--strategy draft-model: no draft model given", hint="pass --assistant-model BUNDLE")
-    source = text_drafter("prompt-lookup+recycling", materials.engine.vocab_size)
-    return FixedPolicy(materials.draft_model(source, _shape(materials)))
+    return FixedPolicy(materials.draft_model(materials.text_source(), _shape(materials)))
 
 
 def _auto(materials: Materials) -> Policy:
-    return AutoPolicy(materials.engine, materials.costs)
+    return AutoPolicy(materials.engine, materials.costs, materials.text_source())
 
 
 STRATEGIES: dict[str, Callable[[Materials], Policy]] = {

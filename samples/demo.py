@@ -4,48 +4,51 @@ python samples/demo.py
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / "samples" / "models" / "coder"
+PROMPTS = ROOT / "samples" / "prompts" / "code.jsonl"
 PROMPT = "def read_lines(path):\n"
 
 
 def skipstone(*arguments: str | Path) -> None:
     """Shows a command and runs it; a failure ends the demo with the command's own status."""
-    print("\n$ skipstone", *map(str, arguments), flush=True)
+    print("\n$ skipstone", *(repr(a) if " " in str(a) else a for a in arguments), flush=True)
     command = Path(sys.executable).with_name("skipstone")
     status = subprocess.run([command, *arguments], check=False).returncode
     if status:
         sys.exit(status)
 
 
+def is_current(bundle: Path, sources: list[Path]) -> bool:
+    """True where the bundle is younger than the checkpoint and the exporter."""
+    manifest = bundle / "manifest.json"
+    if not manifest.exists():
+        return False
+    files = (path for source in sources for path in [source, *source.rglob("*")] if path.suffix != ".pyc")
+    return manifest.stat().st_mtime > max(path.stat().st_mtime for path in files if path.is_file())
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description="Export, generate and benchmark the shipped model.")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "build" / "coder-q8_0", help="bundle to make or reuse"
-    )
-    bundle: Path = parser.parse_args().output
-    if (bundle / "manifest.json").exists():
-        print(f"{bundle} is there from an earlier run: not exported again")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "coder-q8_0", help="bundle to make")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="another model to show")
+    parser.add_argument("--prompts", type=int, default=6, help="prompts of the benchmark")
+    options = parser.parse_args()
+    bundle, checkpoint = options.output, options.checkpoint
+    if is_current(bundle, [checkpoint, ROOT / "exporters"]):
+        print(f"{os.path.relpath(bundle)} is there and newer than its sources: not exported again")
     else:
-        checkpoint = ROOT / "samples" / "models" / "coder"
-        skipstone(
-            "export",
-            checkpoint,
-            "--device",
-            "cpu",
-            "--format",
-            "gguf",
-            "--quantize",
-            "q8_0",
-            "--output",
-            bundle,
-        )
+        target = ("--device", "cpu", "--format", "gguf", "--quantize", "q8_0")
+        skipstone("export", checkpoint, *target, "--output", bundle, "--overwrite")
     skipstone("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", "96", "--show-drafts")
-    skipstone("bench", bundle)
+    count = str(options.prompts)
+    skipstone("bench", bundle, "--prompts", PROMPTS, "--limit", count, "--max-new-tokens", "96")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
     python samples/inflate.py samples/models/coder --shape llama-3.2-1b --output build/coder-1b
 
-Speed at a real model's size can then be measured without its weights. What changes and why the function does not:
+Speed at a real model's size can then be measured without its weights. What changes and why the function does
+not:
 
-- Widths: every matrix is padded with zeros, so added channels stay zero. An RMS norm over d' > d channels of which
-  d are not zero divides by a root mean square that is sqrt(d/d') of the old one: its gain is scaled by sqrt(d/d') and
-  its epsilon by d/d'.
+- Widths: every matrix is padded with zeros, so added channels stay zero. An RMS norm over d' > d channels of
+  which d are not zero divides by a root mean square that is sqrt(d/d') of the old one: its gain is scaled by
+  sqrt(d/d') and its epsilon by d/d'.
 - Heads: a query head keeps its place within its key-value head's group; added heads have no output.
 - Layers: added layers have zero output projections, so they pass their input through. They are spread evenly.
 
-The vocabulary stays the checkpoint's own, and so do head_dim and the rotary embedding. Exits recorded with the
-checkpoint are moved to the layers that correspond. The result is checked against the original before it is put in
-place. Memory: one layer at a time, for writing and for the check.
+The vocabulary stays the checkpoint's own, and so do head_dim and the rotary embedding. Exits recorded with
+the checkpoint are moved to the layers that correspond. The result is checked against the original before it
+is put in place. Memory: one layer at a time, for writing and for the check.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def _check_fits(source: Shape, target: Shape) -> None:
             raise UsageError(f"--shape: {name} {room} cannot hold the checkpoint's {have}")
     if source.head_dim != target.head_dim:
         raise UsageError(
-            f"--shape: head_dim {target.head_dim}, the checkpoint has {source.head_dim}; padding a head would change "
-            "its rotary embedding",
+            f"--shape: head_dim {target.head_dim}, the checkpoint has {source.head_dim}; padding a head "
+            "would change its rotary embedding",
             hint="choose a shape with the checkpoint's head_dim",
         )
 
@@ -203,7 +204,9 @@ def pad(tensor: Tensor, *shape: int) -> Tensor:
 
 
 def _spread_heads(weight: Tensor, source: Shape, target: Shape, *, columns: bool) -> Tensor:
-    """Query heads to their place within their key-value head's group; `columns`: heads lie along the columns."""
+    """Query heads to their place within their key-value head's group; `columns`: heads lie along the
+    columns.
+    """
     group, wider = source.heads // source.kv_heads, target.heads // target.kv_heads
     rows = weight.T if columns else weight
     spread = torch.zeros(target.heads * target.head_dim, target.hidden)
@@ -268,7 +271,9 @@ def _write_config(
 
 
 def _check_same_function(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> float:
-    """Largest difference of a logit, both models in float32; refuses one that rounding to `dtype` cannot explain."""
+    """Largest difference of a logit, both models in float32; refuses one that rounding to `dtype` cannot
+    explain.
+    """
     tokens = (torch.arange(_PROBE_LENGTH) * 37 + 11) % checkpoint.config.vocab_size
     original, padded = (_logits(path, tokens) for path in (checkpoint.path, folder))
     difference, spread = float((original - padded).abs().max()), float(original.std())
@@ -276,7 +281,8 @@ def _check_same_function(checkpoint: Checkpoint, folder: Path, dtype: torch.dtyp
     tolerance = max(1e-4, 64 * torch.finfo(dtype).eps) * max(1.0, spread)
     if not difference <= tolerance:
         raise ExportError(
-            f"{checkpoint.path}: the padded model's logits differ by {difference:.3g}, at most {tolerance:.3g} was expected"
+            f"{checkpoint.path}: the padded model's logits differ by {difference:.3g}, "
+            f"at most {tolerance:.3g} was expected"
         )
     return difference
 

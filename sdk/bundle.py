@@ -165,6 +165,7 @@ class Manifest(_Record):
     segments: tuple[SegmentEntry, ...]
     embedding: EmbeddingEntry
     draft_head: DraftHeadEntry | None = None
+    draft_table: str | None = None
     tokenizer: str = "tokenizer.json"
     quantization: Quantization
     parity: Parity
@@ -192,6 +193,8 @@ class Manifest(_Record):
         named = {segment.file for segment in self.segments} | {self.embedding.file, self.tokenizer}
         if self.draft_head is not None:
             named |= {self.draft_head.file, self.draft_head.vocabulary}
+        if self.draft_table is not None:
+            named.add(self.draft_table)
         missing = sorted(named - {entry.path for entry in self.files})
         if missing:
             raise ValueError(f"files not listed with a hash: {', '.join(missing)}")

@@ -8,6 +8,8 @@
 
     for chunk in model.stream("class Stack:", max_new_tokens=64):
         print(chunk.text, end="", flush=True)
+
+Costs are measured when a speculating strategy is first used, so the first such call takes about two seconds more.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from typing import Literal
 
 from skipstone.bundle import Bundle, open_bundle
 from skipstone.devices.cost import measure
-from skipstone.errors import UsageError
+from skipstone.errors import BundleError, UsageError
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, check_vocabularies
 from skipstone.runtimes.drafters.growth import GrowthOptions
+from skipstone.runtimes.drafters.table import NGramTable
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.generate import GenerationLimits, Policy, Step, StopReason, generate
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
@@ -118,6 +121,7 @@ class Model:
         self.codec = TextCodec(
             bundle.file(bundle.manifest.tokenizer), facts.vocab_size, facts.bos_token_id if facts.add_bos else None
         )
+        self._table = _draft_table(bundle)
         self.engine = open_engine(bundle, options)
         try:
             length = min(facts.context_length, 2048) if context_length is None else context_length
@@ -228,7 +232,8 @@ class Model:
         key = (strategy, options or StrategyOptions(), assistant_model)
         if key not in self._policies:
             maker = None if assistant_model is None else self._draft_model_maker(assistant_model)
-            self._policies[key] = make_policy(strategy, Materials(self.engine, self.costs, key[1], maker))
+            materials = Materials(self.engine, self.costs, key[1], self._table, maker)
+            self._policies[key] = make_policy(strategy, materials)
         return self._policies[key]
 
     def close(self) -> None:
@@ -269,6 +274,20 @@ class Model:
             return drafter
 
         return make
+
+
+def _draft_table(bundle: Bundle) -> NGramTable | None:
+    """The bundle's n-gram table, if it ships one."""
+    name, facts = bundle.manifest.draft_table, bundle.manifest.model
+    if name is None:
+        return None
+    table = NGramTable.load(bundle.file(name))
+    if table.vocab_size != facts.vocab_size:
+        raise BundleError(
+            f"{bundle.file(name)}: counted for {table.vocab_size} tokens, the model has {facts.vocab_size}",
+            hint="export the bundle again",
+        )
+    return table
 
 
 class _Collector:

@@ -29,7 +29,7 @@ EVERYBODYS = ("skipstone.bundle", "skipstone.errors")
 MAY_IMPORT = {
     "exporters": (*EVERYBODYS, "skipstone.exporters", "skipstone.devices", "skipstone.runtimes"),
     "runtimes": (*EVERYBODYS, "skipstone.runtimes"),
-    "devices": (*EVERYBODYS, "skipstone.devices", "skipstone.runtimes.session"),
+    "devices": (*EVERYBODYS, "skipstone.devices", "skipstone.runtimes"),
 }
 HEAVY = {"accelerate", "datasets", "matplotlib", "optimum", "torch", "transformers"}
 

@@ -67,10 +67,10 @@ tags: [early-exit, layerskip, self-speculative-decoding]
 
 # {facts.name}
 
-A decoder of {facts.parameters / 1e6:.1f} M parameters and {facts.layers} layers, {start} with the LayerSkip recipe \
-(layer dropout and an early-exit loss, [arXiv 2404.16710](https://arxiv.org/abs/2404.16710)), its exits distilled \
-from its own last layer. It exits early through the one final norm and LM head it has, so an early exit can draft \
-tokens that the whole model then verifies. The folder is an ordinary Hugging Face checkpoint."""
+A decoder of {facts.parameters / 1e6:.1f} M parameters and {facts.layers} layers, {start} with the
+LayerSkip recipe: layer dropout and an early-exit loss ([paper](https://arxiv.org/abs/2404.16710)), its exits
+distilled from its own last layer. It exits through the one final norm and LM head it has, so an early exit
+can draft tokens that the whole model then verifies. The folder is an ordinary Hugging Face checkpoint."""
 
 
 def _exits(facts: RunFacts, report: ExitReport) -> str:
@@ -85,8 +85,8 @@ def _exits(facts: RunFacts, report: ExitReport) -> str:
     ]
     return f"""## Exits on held-out text
 
-{report.tokens:,} tokens of files that were not trained on. Agreement: how often an exit's most likely token is the \
-last layer's. Exits with a star had a loss of their own. The same figures are in `exits.json`.
+{report.tokens:,} tokens of files that were not trained on. Agreement: how often an exit's most likely token
+is the last layer's. Exits with a star had a loss of their own. The same figures are in `exits.json`.
 
 {_table(("exit", "loss (nats/token)", "agreement", "next-token accuracy"), rows)}
 
@@ -101,9 +101,10 @@ def _making(facts: RunFacts, recipe: Recipe) -> str:
 {facts.command}
 ```
 
-{facts.steps:,} steps in {facts.minutes:.0f} minutes saw {facts.tokens / 1e6:.1f} M tokens of a training corpus of \
-{facts.corpus_tokens / 1e6:.1f} M. A run limited by time ends where the machine's speed lets it, so another machine's \
-figures differ. Exits {exits} had a loss, in the rotation {[list(group) for group in facts.rotation]}.
+{facts.steps:,} steps in {facts.minutes:.0f} minutes saw {facts.tokens / 1e6:.1f} M tokens of a training
+corpus of {facts.corpus_tokens / 1e6:.1f} M. A run limited by time gets as far as the machine's speed lets it,
+so figures differ from machine to machine. Exits {exits} had a loss, in the rotation
+{[list(group) for group in facts.rotation]}.
 
 The recipe:
 
@@ -128,9 +129,9 @@ def _data(recipe: Recipe, shares: Sequence[PackageShare]) -> str:
     ]
     return f"""## Data
 
-A file is held out when the SHA-256 of its content is divisible by {recipe.corpus.held_out_modulus}; all figures above \
-come from those. Tests, vendored copies, tables and exact duplicates are left out. Versions and licences are those \
-that the packages' metadata state.
+A file is held out when the SHA-256 of its content is divisible by {recipe.corpus.held_out_modulus}; all
+figures above come from those. Tests, vendored copies, tables and exact duplicates are left out. Versions and
+licences are those that the packages' metadata state.
 
 {_table(("source", "version", "licence", "files", "held out", "MB", "share"), rows)}"""
 
@@ -138,10 +139,10 @@ that the packages' metadata state.
 def _limits() -> str:
     return """## Limits
 
-Small and trained briefly: good for trying and measuring early exits and speculative decoding, not for writing code \
-that anyone relies on. It knows the style of its sources and little else, and may repeat passages of them, to which \
-their licences apply. The split is by exact content: a held-out file may have near relatives in the training part. \
-It was not aligned, filtered or tested for safety."""
+Small and trained briefly: good for trying and measuring early exits and speculative decoding, not for
+writing code that anyone relies on. It knows the style of its sources and little else, and may repeat passages
+of them, to which their licences apply. The split is by exact content: a held-out file may have near relatives
+in the training part. It was not aligned, filtered or tested for safety."""
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -29,11 +29,10 @@ END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 STANDARD_LIBRARY = "python-stdlib"
 
-# Tests, vendored copies and sources that are mostly tables teach a model of code little that is not
-# elsewhere.
-_SKIPPED_FOLDERS = frozenset(
-    ["test", "tests", "testing", "__pycache__", "site-packages", "dist-packages", "idlelib", "lib2to3",
-    "turtledemo", "ensurepip", "pydoc_data", "encodings", "_vendor", "vendor", "vendored", "_vendored_packages"]
+# Tests, vendored copies and sources that are mostly tables teach a model of code little.
+_SKIPPED_FOLDERS = re.compile(
+    r"tests?|testing|__pycache__|(site|dist)-packages|idlelib|lib2to3|turtledemo|ensurepip|pydoc_data|encodings"
+    r"|_?vendor(ed)?"
 )
 _SKIPPED_FILES = re.compile(r"(conftest|test_.*|.*_test|.*_pb2|_builtins|.*_builtins)\.py")
 _MAX_DIGIT_SHARE = 0.15
@@ -144,7 +143,7 @@ def tokenise(sources: list[Source], tokenizer: Tokenizer, document_start: int) -
             parts[source.held_out].append(np.array([document_start, *encoding.ids], dtype=dtype))
     if not parts[False] or not parts[True]:
         raise SkipstoneError(
-            f"the corpus of {len(sources)} texts leaves {'no held-out' if parts[False] else 'no training'} text",
+            f"{len(sources)} texts leave {'no held-out' if parts[False] else 'no training'} text",
             hint="give more files, or lower corpus.held_out_modulus",
         )
     return TokenisedCorpus(np.concatenate(parts[False]), np.concatenate(parts[True]), package_shares(sources))
@@ -195,7 +194,7 @@ def _walk(root: Path) -> list[Path]:
 def _wanted(path: Path) -> bool:
     return (
         path.suffix == ".py"
-        and not _SKIPPED_FOLDERS.intersection(path.parts[:-1])
+        and not any(map(_SKIPPED_FOLDERS.fullmatch, path.parts[:-1]))
         and not _SKIPPED_FILES.fullmatch(path.name)
     )
 
@@ -287,12 +286,13 @@ def _licence(package: str) -> str:
     if not _is_installed(package):
         return ""
     fields = metadata.metadata(package)
-    stated = fields.get("License-Expression") or ""
+    stated = "".join(fields.get_all("License-Expression") or ())
     if not stated:
         classifiers = [
             c.rsplit(" :: ", 1)[-1] for c in fields.get_all("Classifier") or () if c.startswith("License")
         ]
-        stated = ", ".join(classifiers) or (fields.get("License") or "see the package").splitlines()[0]
+        named = "".join(fields.get_all("License") or ()) or "see the package"
+        stated = ", ".join(classifiers) or named.splitlines()[0]
     return stated
 
 

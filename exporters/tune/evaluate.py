@@ -1,7 +1,7 @@
 """How well a model exits: loss and agreement with the last layer at every exit, on held-out text.
 
-report = evaluate_exits(net, held_out, length=512)
-report.exits[1].agreement          # exit 2: how often its argmax is the last layer's
+>>> report = evaluate_exits(net, held_out, length=512)
+>>> report.exits[1].agreement  # exit 2: how often its argmax is the last layer's
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from skipstone.errors import CheckpointError, SkipstoneError
-from skipstone.exporters.checkpoint import open_checkpoint
+from skipstone.exporters.checkpoint import open_checkpoint, quiet_loading
 from skipstone.exporters.tune.objective import check_decoder, scale_residual_projections
 
 
@@ -23,7 +23,8 @@ def load_model(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
 
     folder = open_checkpoint(source).path
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -44,7 +45,7 @@ def fresh_model(config: Path, dtype: torch.dtype) -> PreTrainedModel:
     file = config / "config.json" if config.is_dir() else config
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=dtype)  # type: ignore[no-untyped-call]
     except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SkipstoneError(

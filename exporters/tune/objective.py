@@ -1,8 +1,7 @@
-"""The LayerSkip objective on any Hugging Face decoder: layer dropout, exits through the one shared head,
-distillation.
+"""The LayerSkip objective on any Hugging Face decoder: layer dropout, exits through one head, distillation.
 
-net = LayerSkipNet(model, dropout_rates(0.05, 12))
-losses = net(input_ids, exits=(2, 4))        # losses.final, losses.exits: scalars
+>>> net = LayerSkipNet(model, dropout_rates(0.05, 12))
+>>> losses = net(input_ids, exits=(2, 4))  # losses.final and losses.exits, both scalars
 """
 
 from __future__ import annotations
@@ -20,17 +19,14 @@ if TYPE_CHECKING:
 
 
 class ExitLosses(NamedTuple):
-    """Mean losses per token in nats: of the last layer, and summed over the exits asked for (float32
-    scalars).
-    """
+    """Mean losses per token in nats, float32: of the last layer, and summed over the exits asked for."""
 
     final: Tensor
     exits: Tensor
 
 
 class LayerSkipNet(nn.Module):
-    """Runs a decoder layer by layer with layer dropout and returns the losses of the last layer and of
-    chosen exits.
+    """Runs a decoder layer by layer with layer dropout, and its last layer and chosen exits through the head.
 
     It calls the model's own layers, norm and head, so weights and config stay those of the checkpoint. Layer
     dropout skips a layer for whole sequences, drawn per sequence, and only while training (arXiv 2404.16710
@@ -83,20 +79,18 @@ class LayerSkipNet(nn.Module):
         if not self.training:
             return None
         draw = torch.rand(hidden.shape[0], 1, 1, device=hidden.device)
-        return cast(Tensor, draw >= self.rates[layer])
+        return draw >= self.rates[layer]
 
 
 def check_decoder(model: PreTrainedModel) -> None:
-    """Raise SkipstoneError unless `model` has the parts of a decoder: embedding, layers, final norm and LM
-    head.
-    """
+    """Raise SkipstoneError unless `model` has a decoder's parts: embedding, layers, norm and LM head."""
     body = getattr(model, "model", None)
     parts = ("embed_tokens", "layers", "norm", "rotary_emb")
     missing = [f"model.{part}" for part in parts if not hasattr(body, part)]
     missing += [] if hasattr(model, "lm_head") else ["lm_head"]
     if missing:
         raise SkipstoneError(
-            f"{type(model).__name__} has no {', '.join(missing)}: not a decoder that can be tuned for early exits",
+            f"{type(model).__name__} has no {', '.join(missing)}: not a decoder with early exits to tune",
             hint="tune works on decoders built like Llama, Mistral, SmolLM or Qwen",
         )
 
@@ -117,9 +111,8 @@ def _logits(norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
 def _final_loss(norm: nn.Module, head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the last layer, and its distribution, detached, to distil the exits from."""
     logits = _logits(norm, head, hidden)
-    return functional.cross_entropy(logits, targets), functional.softmax(logits.detach(), dim=-1).to(
-        hidden.dtype
-    )
+    teacher = functional.softmax(logits.detach(), dim=-1).to(hidden.dtype)
+    return functional.cross_entropy(logits, targets), teacher
 
 
 def _exit_loss(

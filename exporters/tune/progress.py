@@ -78,4 +78,5 @@ class ShowProgress(TrainerCallback):
 
 def tokens_per_step(trainer: LayerSkipTrainer) -> int:
     """Predicted tokens in one optimizer step over all processes."""
-    return trainer.recipe.training.sequence_length * trainer.args.train_batch_size * trainer.args.world_size
+    sequences = int(trainer.args.train_batch_size) * int(trainer.args.world_size)
+    return trainer.recipe.training.sequence_length * sequences

@@ -1,7 +1,7 @@
 """What a tuning run does, as data: the corpus, the LayerSkip objective and the optimisation.
 
-    recipe = load_recipe("samples/recipes/coder.toml")
-    recipe = load_recipe("layerskip")        # the defaults, exits chosen from the model's depth
+    >>> recipe = load_recipe("samples/recipes/coder.toml")
+    >>> recipe = load_recipe("layerskip")  # the defaults, exits chosen from the model's depth
 
 A recipe is a TOML file with the tables `[corpus]`, `[layerskip]` and `[training]`, each key being a field of
 the data class of that name. Unknown keys and values out of range are refused.
@@ -111,7 +111,7 @@ def load_recipe(source: str | Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise SkipstoneError(
             f"--recipe {path}: cannot be read ({error})",
-            hint=f"give the name {BUILT_IN!r} or the path of a recipe file such as samples/recipes/coder.toml",
+            hint=f"give the name {BUILT_IN!r} or a recipe file such as samples/recipes/coder.toml",
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise SkipstoneError(

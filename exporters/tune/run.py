@@ -1,7 +1,6 @@
 """`skipstone tune` from its options to the finished checkpoint folder.
 
-    tune(TuneOptions(checkpoint="samples/models/coder", data=(Path("src"),), output=Path("tuned"),
-    max_steps=200))
+    >>> tune(TuneOptions(checkpoint="coder", data=(Path("src"),), output=Path("tuned"), max_steps=200))
 
 A run keeps its corpus and checkpoints in `<output>.tune/`, which `resume` takes up again. The output folder
 appears only when the run is complete: weights, tokenizer, exits.json, exits.png and README.md.
@@ -11,6 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import torch
 from rich.console import Console
 
 from skipstone.errors import SkipstoneError, UsageError
+from skipstone.exporters.checkpoint import quiet_loading
 from skipstone.exporters.tune import attention, data
 from skipstone.exporters.tune.card import RunFacts, model_card
 from skipstone.exporters.tune.evaluate import ExitReport, evaluate_exits, plot_exits
@@ -37,7 +39,7 @@ from skipstone.exporters.tune.trainer import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 RECIPE_FILE = "recipe.json"
 
@@ -119,13 +121,14 @@ def tune(options: TuneOptions, console: Console | None = None) -> ExitReport:
     console = console or Console(stderr=True)
     check_options(options)
     recipe = load_recipe(options.recipe)
-    from accelerate import PartialState
-
-    state = PartialState(cpu=options.cpu)
-    with state.main_process_first():
-        _claim_work_folder(options, recipe)
+    arguments = training_arguments(recipe, options.work, max_steps=options.max_steps, cpu=options.cpu)
+    with (
+        arguments.main_process_first(local=False, desc="preparing the corpus"),
+        _work_folder(options, recipe, claim=arguments.process_index == 0),
+    ):
         ready = _prepare(options, recipe, console)
-    trainer = _train(options, ready, console)
+    with quiet_loading():
+        trainer = _train(options, ready, arguments, console)
     report = evaluate_exits(
         ready.net,
         ready.corpus.held_out,
@@ -133,12 +136,11 @@ def tune(options: TuneOptions, console: Console | None = None) -> ExitReport:
         max_windows=options.evaluate_windows,
         trained=exits_of(ready.rotation),
     )
-    if state.is_main_process:
+    if arguments.process_index == 0:
         _finish(options, ready, trainer, report)
         console.print(
             f"wrote {options.output} (checkpoints are in {options.work}; delete it when you are done)"
         )
-    state.wait_for_everyone()
     return report
 
 
@@ -162,6 +164,22 @@ def check_options(options: TuneOptions) -> None:
         raise UsageError(
             f"--output {options.output}: exists already", hint="give another folder, or --overwrite"
         )
+
+
+@contextmanager
+def _work_folder(options: TuneOptions, recipe: Recipe, *, claim: bool) -> Iterator[None]:
+    """The run's folder, made or taken up again by the process that claims it; gone if preparing fails."""
+    if not claim:
+        yield
+        return
+    made = not options.work.exists()
+    _claim_work_folder(options, recipe)
+    try:
+        yield
+    except BaseException:
+        if made:
+            shutil.rmtree(options.work, ignore_errors=True)
+        raise
 
 
 def _claim_work_folder(options: TuneOptions, recipe: Recipe) -> None:
@@ -223,7 +241,7 @@ def _corpus(
         sources = data.collect(recipe.corpus)
     if tokenizer is None:
         texts = (source.text for source in sources if not source.held_out)
-        tokenizer = PreTrainedTokenizerFast(
+        tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=data.train_tokenizer(texts, model.config.vocab_size),
             bos_token=data.END_OF_TEXT,
             eos_token=data.END_OF_TEXT,
@@ -245,7 +263,9 @@ def _document_start(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(start)
 
 
-def _train(options: TuneOptions, ready: _Ready, console: Console) -> LayerSkipTrainer:
+def _train(
+    options: TuneOptions, ready: _Ready, arguments: TrainingArguments, console: Console
+) -> LayerSkipTrainer:
     """Run the trainer from the start or from the last checkpoint, to the end of the clock."""
     from transformers import PrinterCallback
 
@@ -259,7 +279,7 @@ def _train(options: TuneOptions, ready: _Ready, console: Console) -> LayerSkipTr
         ready.rotation,
         clock,
         Windows(ready.corpus.train, ready.recipe.training.sequence_length),
-        training_arguments(ready.recipe, options.work, max_steps=options.max_steps, cpu=options.cpu),
+        arguments,
         ready.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -288,7 +308,8 @@ def _finish(options: TuneOptions, ready: _Ready, trainer: LayerSkipTrainer, repo
     new = options.output.with_name(options.output.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        save_checkpoint(decoder, ready.tokenizer, new)
+        with quiet_loading():
+            save_checkpoint(decoder, ready.tokenizer, new)
         report.save(new / "exits.json")
         plot_exits(report, new / "exits.png")
         card = model_card(facts, ready.recipe, ready.corpus.shares, report)

@@ -60,6 +60,7 @@ class LayerSkipTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         super().__init__(model=net, args=arguments, train_dataset=train, processing_class=tokenizer)
+        self.net = net
         self.recipe = recipe
         self.rotation = rotation
         self.clock = clock
@@ -72,10 +73,12 @@ class LayerSkipTrainer(Trainer):
         A run whose time was up already is not trained further: its last weights are loaded. Raises
         SkipstoneError when torch.compile finds no compiler.
         """
-        if checkpoint is not None and self.clock.progress(0) >= 1.0:
-            self._load_from_checkpoint(str(checkpoint))
-            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            return
+        if checkpoint is not None:
+            reached = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if self.clock.progress(reached.global_step) >= 1.0:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = reached
+                return
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except InductorError as error:
@@ -101,7 +104,7 @@ class LayerSkipTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or Muon and AdamW, over a float32 master copy of the weights."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model, self.recipe.training)
+            self.optimizer = build_optimizer(self.net, self.recipe.training)
         return self.optimizer
 
     def create_scheduler(
@@ -110,7 +113,7 @@ class LayerSkipTrainer(Trainer):
         """Warm-up by steps, then a cosine of the run's progress in time or steps."""
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer,
+                optimizer or self.create_optimizer(),
                 lambda step: learning_rate_factor(self.recipe.training, step, self.progress),
             )
             self._created_lr_scheduler = True
@@ -129,13 +132,13 @@ class LayerSkipTrainer(Trainer):
         """Save the decoder and the tokenizer as an ordinary Hugging Face folder."""
         folder = Path(output_dir or cast(str, self.args.output_dir))
         if self.args.should_save:
-            save_checkpoint(self.model.decoder, self.processing_class, folder)
+            save_checkpoint(self.net.decoder, self.processing_class, folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
         """Load the decoder's weights from a folder that `_save` wrote."""
-        decoder = self.model.decoder
+        decoder = self.net.decoder
         saved = type(decoder).from_pretrained(resume_from_checkpoint, dtype=decoder.dtype)
         decoder.load_state_dict(saved.state_dict())
 

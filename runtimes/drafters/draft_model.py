@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from skipstone.errors import VocabularyMismatchError
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter, DraftRequest, Observation
-from skipstone.runtimes.drafters.growth import Growth, GrowthOptions
+from skipstone.runtimes.drafters.grower import Grower
+from skipstone.runtimes.drafters.growth import DraftingModel, GrowthOptions
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.tree import TokenTree
 
@@ -37,6 +40,8 @@ class DraftModelDrafter:
     ) -> None:
         self._session, self._costs, self._source = session, costs, source
         self._options = options or GrowthOptions()
+        self._grower = Grower(source, self._options)
+        self._ids = np.arange(session.engine.vocab_size, dtype=np.int32)
         self.name = f"{source.name} → {name}" if source else name
 
     def reset(self, prompt: Sequence[int]) -> None:
@@ -46,21 +51,14 @@ class DraftModelDrafter:
 
     def propose(self, request: DraftRequest) -> TokenTree:
         session, last = self._session, self._session.exits[-1]
-        session.discard()
         if len(request.context) + request.limit + self._options.guesses >= session.context_length:
             return TokenTree()
         self._follow(request.context[:-1])
         (root,) = session.push(request.context[-1:])
-        growth = Growth(session, root, last, None, request, self._options, self._costs)
-        spent = 0.0
-        while wave := growth.next_wave(spent, own_target=False):
-            spent += self._costs.run(0, last, growth.grow(wave, self._source))
-        if not request.sampler.greedy:
-            return growth.tree
-        scores = sorted(growth.tree.scores, reverse=True)
-        return growth.tree.best(request.costs.best_count(scores, spent, limit=request.limit)[0])
+        return self._grower.grow(DraftingModel(session, last, self._ids, self._costs, is_target=False), root, request)
 
     def observe(self, observation: Observation) -> None:
+        self._grower.learn(observation)
         if self._source is not None:
             self._source.observe(observation)
 
@@ -70,15 +68,19 @@ class DraftModelDrafter:
             self._source.close()
 
     def _follow(self, context: Sequence[int]) -> None:
-        """Make the draft session's context equal to `context`, computing only what is new."""
+        """Make the draft session's context equal to `context`; rows drafted before are found again, new ones lag."""
         session = self._session
         held = session.tokens
         common = 0
         while common < min(len(held), len(context)) and held[common] == context[common]:
             common += 1
-        session.rewind(common)
-        if common < len(context):
-            session.prefill(context[common:])
+        if common < len(held):
+            session.rewind(common)
+        rows = session.push(context[common:])
+        if rows:
+            session.commit(rows[-1])
+        else:
+            session.discard()
 
 
 def check_vocabularies(target: Sequence[str], draft: Sequence[str], target_name: str, draft_name: str) -> None:

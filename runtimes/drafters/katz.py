@@ -34,7 +34,6 @@ class KatzDrafter:
         self._extend(prompt)
 
     def propose(self, request: DraftRequest) -> TokenTree:
-        self._extend(request.context[len(self._text) :])
         tree = TokenTree()
         heap: list[tuple[float, int, int, tuple[int, ...]]] = []
         order = 0

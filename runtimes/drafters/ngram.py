@@ -41,15 +41,14 @@ class NGramDrafter:
 
     def propose(self, request: DraftRequest) -> TokenTree:
         tree, self._proposed = TokenTree(), []
-        self._extend(request.context[len(self._text) :])
-        text = self._text
+        text = request.context  # may run ahead of what is certain: looked up, not remembered
         for n in range(min(self._longest, len(text) - 1), 0, -1):
             seen: set[int] = set()
             for place in reversed(self._places.get(tuple(text[-n:]), ())):
                 if place < len(text) and text[place] not in seen and len(tree) < request.limit:
                     seen.add(text[place])
                     self._proposed.append((n, text[place]))
-                    self._branch(tree, n, place, self._trust[n] / len(seen), request.limit)
+                    self._branch(tree, n, text[place : place + self._length], self._trust[n] / len(seen), request.limit)
             if seen:
                 break
         return tree
@@ -65,13 +64,13 @@ class NGramDrafter:
     def close(self) -> None:
         return None
 
-    def _branch(self, tree: TokenTree, n: int, place: int, score: float, limit: int) -> None:
-        """Copy the text from `place` on; each further token makes the match longer and so more trustworthy."""
+    def _branch(self, tree: TokenTree, n: int, following: Sequence[int], score: float, limit: int) -> None:
+        """Copy what followed; each further token makes the match longer and so more trustworthy."""
         parent = ROOT
-        for offset in range(min(self._length, limit - len(tree), len(self._text) - place)):
+        for offset, token in enumerate(following[: limit - len(tree)]):
             if offset:
                 score *= max(self._trust[min(n + offset, self._longest)], self._trust[n])
-            parent = tree.add(self._text[place + offset], parent, score)
+            parent = tree.add(token, parent, score)
 
     def _extend(self, tokens: Sequence[int]) -> None:
         text, places = self._text, self._places

@@ -34,9 +34,9 @@ class RecyclingDrafter:
     name = "recycling"
 
     def __init__(self, vocab_size: int, successors: int = 6) -> None:
-        self._successors = successors
-        self._matrix: NDArray[np.int32] = np.full((vocab_size, successors), _UNSEEN, np.int32)
-        self._trust = list(_PRIOR[:successors])
+        self._successors = min(successors, vocab_size)
+        self._matrix: NDArray[np.int32] = np.full((vocab_size, self._successors), _UNSEEN, np.int32)
+        self._trust = list(_PRIOR[: self._successors])
 
     def reset(self, prompt: Sequence[int]) -> None:
         """Only the bigrams of the prompt itself are entered; the matrix stays."""

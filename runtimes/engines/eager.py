@@ -45,7 +45,7 @@ class EagerEngine:
     def __init__(
         self, model: Any, exits: Sequence[int] = (), draft_vocabulary: IntArray | None = None
     ) -> None:
-        decoder = getattr(model, "model", None)
+        decoder: Any = getattr(model, "model", None)
         parts = ("layers", "norm", "embed_tokens", "rotary_emb")
         if not all(hasattr(decoder, part) for part in parts) or not hasattr(model, "lm_head"):
             raise EngineError(
@@ -87,7 +87,7 @@ class EagerEngine:
                 f"{path}: no config.json found", hint="pass a Hugging Face checkpoint folder"
             )
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="eager"
             )
         except (OSError, ValueError, KeyError) as error:
@@ -102,10 +102,11 @@ class EagerEngine:
 
 
 class EagerCache:
-    """K/V in one tensor per layer with a slot per position or row; see `skipstone.runtimes.engines.base.Cache`.
+    """K/V in one tensor per layer with a slot per position or row; see
+    `skipstone.runtimes.engines.base.Cache`.
 
-    Positions below `tree.base` lie in the slots of their number; row r lies in slot base + r. A row sees the slots
-    below base, its ancestors' and its own.
+    Positions below `tree.base` lie in the slots of their number; row r lies in slot base + r. A row sees the
+    slots below base, its ancestors' and its own.
     """
 
     max_width = _WIDTH
@@ -169,13 +170,17 @@ class EagerCache:
         self._store.move([tree.base + row for row in path], [tree.position(row) for row in path])
 
     def rewind(self, length: int) -> None:
-        """Nothing to do: slots at and past `length` are out of every row's sight until they are written again."""
+        """Nothing to do: slots at and past `length` are out of every row's sight until they are written
+        again.
+        """
 
     def close(self) -> None:
         self._store.layers.clear()
 
     def _mask(self, rows: Sequence[int]) -> torch.Tensor:
-        """What is added to the attention scores, [1, 1, n, slots]: 0 where a row may look, else the lowest float."""
+        """What is added to the attention scores, [1, 1, n, slots]: 0 where a row may look, else the lowest
+        float.
+        """
         import torch
 
         tree = self._tree
@@ -187,7 +192,9 @@ class EagerCache:
 
 
 class _SlotStore:
-    """Stands where transformers expects its cache: `update` writes the batch's K/V into its slots and returns all."""
+    """Stands where transformers expects its cache: `update` writes the batch's K/V into its slots and returns
+    all.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -197,7 +204,9 @@ class _SlotStore:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the batch, [1, heads, n, head_dim], into the slots; returns [1, heads, slots, head_dim]."""
+        """K and V of the batch, [1, heads, n, head_dim], into the slots; returns [1, heads, slots,
+        head_dim].
+        """
         if layer not in self.layers:
             shape = (1, key.shape[1], self._num_slots)
             self.layers[layer] = (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from skipstone.bundle import Manifest
@@ -88,7 +89,9 @@ def parse_exits(text: str | None) -> tuple[int, ...] | None:
 def _progress(*, quiet: bool) -> Iterator[Callable[[Step], None]]:
     """A bar over the steps, on standard error and only on a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+    console = Console(stderr=True)
+    hidden = quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("starting", total=None)
 
         def report(step: Step) -> None:
@@ -101,12 +104,14 @@ def _summarise(output: Path, manifest: Manifest) -> None:
     size = sum(entry.size for entry in manifest.files) / 1e6
     parity, exits = manifest.parity, ", ".join(map(str, manifest.exits)) or "none"
     console = Console()
-    console.print(
-        f"[bold]{manifest.model.name}[/bold] → {output}  {manifest.quantization.scheme}, {size:.1f} MB, exits {exits}",
-        highlight=False,
-    )
+    lines = [
+        f"[bold]{escape(manifest.model.name)}[/bold] → {escape(str(output))} {manifest.quantization.scheme}, "
+        f"{size:.1f} MB, exits {exits}"
+    ]
     against = ""
-    if parity.reference is not None and parity.agreement_with_reference is not None:
-        against = f"{parity.agreement_with_reference:.0%} of best tokens as the reference (logits ≤ {parity.reference:.2g}), "
-    console.print(f"self-test passed: {against}cut against whole ≤ {parity.split:.2g}", highlight=False)
-    console.print(f"next: skipstone generate {output} --prompt TEXT", highlight=False)
+    if parity.agreement_with_reference is not None:
+        against = f"best token as the reference's at {parity.agreement_with_reference:.0%} of positions, "
+    lines.append(f"self-test passed: {against}cut against whole ≤ {parity.split:.2g}")
+    lines.append(f"next: skipstone generate {escape(str(output))} --prompt TEXT")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

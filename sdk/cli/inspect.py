@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from skipstone.bundle import CostCurve, Manifest, open_bundle
@@ -49,7 +50,7 @@ def _facts(manifest: Manifest) -> Table:
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", value)
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
     return table
 
 
@@ -86,7 +87,7 @@ def _parity(manifest: Manifest) -> Table:
     table.add_row("segments against the whole", f"{parity.split:.3g}", f"{parity.split_tolerance:.2g}")
     table.add_row("drafted, then verified", f"{parity.draft_verify:.3g}", f"{parity.split_tolerance:.2g}")
     table.add_row("alone or in a wider batch", f"{parity.width_noise:.3g}", "—")
-    table.add_row("two tokens count as a near-tie within", f"{parity.near_tie_margin:.3g}", "—")
+    table.add_row("a near-tie is a gap within", f"{parity.near_tie_margin:.3g}", "—")
     return table
 
 

@@ -1,14 +1,16 @@
-"""Cutting a whole GGUF at the exits: segment files fed by hidden states, and a draft head over part of the vocabulary.
+"""Cutting a whole GGUF at the exits: segment files fed by hidden states, and a draft head over part of the
+vocabulary.
 
-Tensors are copied raw, so a segment computes exactly what the whole model does there. An inner segment never reads
-token ids nor gives logits; llama.cpp wants a vocabulary all the same, so it gets 32 rows of zeros, whose logits cost
-nothing.
+Tensors are copied raw, so a segment computes exactly what the whole model does there. An inner segment never
+reads token ids nor gives logits; llama.cpp wants a vocabulary all the same, so it gets 32 rows of zeros,
+whose logits cost nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +62,7 @@ def check_can_be_cut(model: GgufModel) -> None:
     supported = sorted({mapping.arch for mapping in MAPPINGS.values()})
     if model.arch not in supported:
         raise CheckpointError(
-            f"{model.path}: architecture {model.arch!r} cannot be cut at its layers, only {', '.join(supported)}"
+            f"{model.path}: architecture {model.arch!r} cannot be cut, only {', '.join(supported)}"
         )
     experts = next((name for name in model.parts if "_exps" in name or "_shexp" in name), None)
     if experts is not None:
@@ -80,8 +82,7 @@ def plan_cuts(model: GgufModel, exits: tuple[int, ...]) -> tuple[Cut, ...]:
     inner: Output = "nextn" if _fits_nextn(model) else "callback"
     edges = (0, *exits, model.num_layers)
     return tuple(
-        Cut(first, stop, "logits" if stop == model.num_layers else inner)
-        for first, stop in zip(edges, edges[1:], strict=False)
+        Cut(first, stop, "logits" if stop == model.num_layers else inner) for first, stop in pairwise(edges)
     )
 
 
@@ -105,7 +106,8 @@ def write_segment(model: GgufModel, cut: Cut, path: Path) -> None:
 def write_draft_head(model: GgufModel, token_ids: NDArray[np.int32], path: Path) -> None:
     """Write the final norm and the head's rows of some tokens as a model of its own.
 
-    A model without layers does not load, so there is one, with zeroed projections: it passes its input through.
+    A model without layers does not load, so there is one, with zeroed projections: it passes its input
+    through.
     """
     head = _head(model)
     hidden = head.shape[1]
@@ -144,7 +146,8 @@ def _head(model: GgufModel) -> TensorPart:
 def _fits_nextn(model: GgufModel) -> bool:
     """Whether the callback-free graph computes the model's layers.
 
-    That graph is llama.cpp's "mimo2": rotary embedding in halves without factors, no biases, no norms on Q and K.
+    That graph is llama.cpp's "mimo2": rotary embedding in halves without factors, no biases, no norms on Q
+    and K.
     """
     kinds = {name.split(".", 2)[2] for name in model.parts if name.startswith("blk.")}
     plain = {f"{name}.weight" for name in ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")}

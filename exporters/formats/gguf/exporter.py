@@ -1,8 +1,10 @@
-"""The GGUF exporter: whole file, quantised by llama.cpp, cut at the exits, with a trimmed draft head beside it.
+"""The GGUF exporter: whole file, quantised by llama.cpp, cut at the exits, with a trimmed draft head beside
+it.
 
-    checkpoint ─ write ─▶ whole.gguf ─ quantise ─▶ whole.gguf ─ cut ─▶ segment-0.gguf … segment-K.gguf, draft-head.gguf
+    checkpoint ─ write ─▶ whole.gguf ─ quantise ─▶ q8_0.gguf ─ cut ─▶ segment-0.gguf … draft-head.gguf
 
-Quantising comes before cutting because some schemes choose a tensor's type by its layer's place in the whole model.
+Quantising comes before cutting because some schemes choose a tensor's type by its layer's place in the whole
+model.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ _DRAFT_HEAD, _DRAFT_VOCABULARY = "draft-head.gguf", "draft-vocabulary.i32"
 
 @dataclass(frozen=True)
 class Prepared:
-    """An input brought to one form: a whole GGUF in the wanted scheme, its tokenizer and what to compare with."""
+    """An input brought to one form: a whole GGUF in the wanted scheme, its tokenizer and what to compare
+    with.
+    """
 
     whole: Path
     scheme: Scheme
@@ -112,7 +116,7 @@ def _from_checkpoint(
     tokenizer = _load_tokenizer(checkpoint)
     float_type = scheme.name if scheme.name in FLOATS else native_float_type(checkpoint)
     weights = _num_weights(checkpoint)
-    _check_disk_space(scratch, weights, (SCHEMES[float_type].bits, 2 * scheme.bits))
+    _check_disk_space(scratch, weights, max(SCHEMES[float_type].bits, scheme.bits) + scheme.bits)
     step("write")
     whole = scratch / "whole.gguf"
     write_whole(checkpoint, whole, float_type)
@@ -149,7 +153,7 @@ def _from_gguf(source: str, options: ExportOptions, scratch: Path, step: Callabl
             hint="leave --quantize out to keep it, or start from the f32 or f16 file",
         )
     weights = sum(part.num_elements for part in model.parts.values())
-    _check_disk_space(scratch, weights, (2 * scheme.bits,))
+    _check_disk_space(scratch, weights, 2 * scheme.bits)
     whole, imatrix = _quantized(path, scheme, present.name, tokenizer, options, scratch, step)
     return Prepared(
         whole=whole,
@@ -327,8 +331,9 @@ def _num_weights(checkpoint: Checkpoint) -> int:
     return total
 
 
-def _check_disk_space(folder: Path, weights: int, bits: tuple[float, ...]) -> None:
-    needed, free = int(weights * sum(bits) / 8), shutil.disk_usage(folder).free
+def _check_disk_space(folder: Path, weights: int, bits: float) -> None:
+    """`bits`: per weight, of all files that stand beside each other at the worst moment."""
+    needed, free = int(weights * bits / 8), shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
             f"{folder.parent.parent}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed",

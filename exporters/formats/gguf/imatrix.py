@@ -1,7 +1,8 @@
 """Importance matrices: how strongly each input of each matrix is driven on a calibration text.
 
-llama.cpp's quantiser weighs the error of every weight by the mean squared activation of its input (its `imatrix`
-tool's definition). Every matrix of a layer is fed by one of four named nodes of the graph, so these are watched.
+llama.cpp's quantiser weighs the error of every weight by the mean squared activation of its input (its
+`imatrix` tool's definition). Every matrix of a layer is fed by one of four named nodes of the graph, so these
+are watched.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A whole GGUF in llama.cpp through its low-level API: logits, and a look at what every matrix is multiplied with.
+"""A whole GGUF in llama.cpp through its low-level API: logits, and a look at what every matrix is multiplied
+with.
 
 Only ever used in a process of its own (`skipstone.exporters.isolation`): a damaged file can abort it.
 """
@@ -28,7 +29,8 @@ _FLASH_ATTENTION_OFF = 0
 
 
 class WholeModel:
-    """A model with one sequence; K/V in f32 and no flash attention, so that results are as exact as the weights.
+    """A model with one sequence; K/V in f32 and no flash attention, so that results are as exact as the
+    weights.
 
     Args:
         path: a whole GGUF.
@@ -115,7 +117,9 @@ def save_logits(source: str, tokens: list[int], target: str) -> None:
 
 
 def num_threads(num_bytes: int) -> int:
-    """One per core this process may use, but a single one for a small model: there, waiting for each other costs more."""
+    """One per core this process may use, but a single one for a small model: there, waiting for each other
+    costs more.
+    """
     if num_bytes < _SMALL:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

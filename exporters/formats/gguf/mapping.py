@@ -1,7 +1,7 @@
 """Hugging Face architectures → GGUF: which tensor goes where and which facts llama.cpp must be told.
 
-One `Mapping` per architecture; a new one is one entry in `MAPPINGS`. The names of GGUF tensors and keys are those of
-the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md).
+One `Mapping` per architecture; a new one is one entry in `MAPPINGS`. The names of GGUF tensors and keys are
+those of the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ class Mapping:
 
     Attributes:
         arch: llama.cpp's architecture name.
-        permute_qk: rows of Q and K are interleaved (llama.cpp's "NORM" rotary order) rather than in halves ("NEOX").
+        permute_qk: rows of Q and K are interleaved (llama.cpp's "NORM" rotary order) rather than in halves
+            ("NEOX").
         attention_biases: "always", "never", or the configuration key that says so; likewise `mlp_biases`.
         output_bias: whether attention biases include the output projection's.
         qk_norm: Q and K pass an RMS norm per head.
-        nope_period: every n-th layer has no rotary embedding; cuts must be multiples of it. 0: all layers have it.
+        nope_period: every n-th layer has no rotary embedding; cuts must be multiples of it. 0: all layers
+            have it.
     """
 
     arch: str
@@ -83,7 +85,9 @@ MAPPINGS: MappingType[str, Mapping] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: `kind` is default, linear, yarn or llama3; the rest as in transformers' rope_parameters."""
+    """Rotary embedding: `kind` is default, linear, yarn or llama3; the rest as in transformers'
+    rope_parameters.
+    """
 
     theta: float
     kind: str
@@ -109,7 +113,9 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a GGUF tensor comes from: the checkpoint's tensor, and the heads to interleave its rows by (0: none)."""
+    """Where a GGUF tensor comes from: the checkpoint's tensor, and the heads to interleave its rows by (0:
+    none).
+    """
 
     name: str
     interleave_heads: int = 0
@@ -126,7 +132,7 @@ def mapping_of(checkpoint: Checkpoint) -> Mapping:
         raise CheckpointError(
             f"{checkpoint.path}/config.json: architecture {checkpoint.architecture} is not supported, "
             f"only {', '.join(sorted(MAPPINGS))}",
-            hint="convert it to GGUF with llama.cpp's own converter and pass the .gguf, if it is built like these",
+            hint="if it is built like these, convert it with llama.cpp's converter and pass the .gguf",
         )
     return mapping
 
@@ -134,7 +140,8 @@ def mapping_of(checkpoint: Checkpoint) -> Mapping:
 def decoder_of(checkpoint: Checkpoint) -> Decoder:
     """A checkpoint's measures.
 
-    A sliding window shorter than the context caps the context: up to that many positions the two are the same.
+    A sliding window shorter than the context caps the context: up to that many positions the two are the
+    same.
 
     Raises:
         CheckpointError: the configuration asks for something that llama.cpp's architecture lacks.
@@ -183,7 +190,9 @@ def tensor_sources(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, Source
 
 
 def interleave_rows(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of each head from halves (x1…, y1…) to pairs (x1, y1, …), as llama.cpp's "NORM" rotary embedding wants."""
+    """Rows of each head from halves (x1…, y1…) to pairs (x1, y1, …), as llama.cpp's "NORM" rotary embedding
+    wants.
+    """
     half = weight.shape[0] // num_heads // 2
     return weight.reshape(num_heads, 2, half, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
@@ -198,8 +207,8 @@ def deinterleave_rows(rows: NDArray[Any], num_heads: int) -> NDArray[Any]:
 def rope_factors(decoder: Decoder) -> NDArray[np.float32] | None:
     """Divisors of the rotary frequencies, [head_dim / 2], for Llama 3 scaling; None for every other kind.
 
-    Wavelengths under context / high_freq_factor stay, those over context / low_freq_factor are stretched by `factor`,
-    and those between are blended (Llama 3.1 model code, `apply_scaling`).
+    Wavelengths under context / high_freq_factor stay, those over context / low_freq_factor are stretched by
+    `factor`, and those between are blended (Llama 3.1 model code, `apply_scaling`).
     """
     if decoder.rope.kind != "llama3":
         return None
@@ -246,7 +255,8 @@ def _refuse_what_is_missing(checkpoint: Checkpoint, mapping: Mapping) -> None:
         wanted = [int((layer + 1) % mapping.nope_period != 0) for layer in range(config.num_hidden_layers)]
         if list(config.no_rope_layers) != wanted:
             raise CheckpointError(
-                f"{file}: no_rope_layers must leave out every {mapping.nope_period}th layer, found {config.no_rope_layers}"
+                f"{file}: no_rope_layers is {config.no_rope_layers}, it must leave out every "
+                f"{mapping.nope_period}th layer"
             )
     if getattr(config, "quantization_config", None):
         raise CheckpointError(
@@ -267,7 +277,7 @@ def _rope_of(checkpoint: Checkpoint) -> Rope:
         given.get("mscale") or given.get("mscale_all_dim") or given.get("truncate") is False
     ):
         raise CheckpointError(
-            f"{checkpoint.path}/config.json: yarn with mscale, mscale_all_dim or truncate=false is not supported"
+            f"{checkpoint.path}/config.json: yarn with mscale or truncate=false is not supported"
         )
     if float(given.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError(f"{checkpoint.path}/config.json: partial_rotary_factor is not supported")

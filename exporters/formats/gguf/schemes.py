@@ -14,10 +14,11 @@ from skipstone.errors import EngineError, UsageError
 
 @dataclass(frozen=True)
 class Scheme:
-    """A scheme: llama.cpp's file type number, rough bits per weight, and the argmax agreement to be expected at least.
+    """A scheme: llama.cpp's file type number, rough bits per weight, and the argmax agreement to be expected
+    at least.
 
-    `min_agreement`: share of positions where the quantised model's best token must be the reference's; far under what
-    the scheme gives on any trained model, so that only a broken export falls below.
+    `min_agreement`: share of positions where the quantised model's best token must be the reference's; far
+        under what the scheme gives on any trained model, so that only a broken export falls below.
     """
 
     name: str
@@ -75,7 +76,8 @@ def quantize_file(source: str, target: str, file_type: int, imatrix: str | None,
         source: GGUF in f32, f16 or bf16.
         target: file to write.
         file_type: llama.cpp's number.
-        imatrix: .npz of importances, tensor name → mean squared activation of every input [columns]; None: none.
+        imatrix: .npz of importances, tensor name → mean squared activation of every input [columns]; None:
+            none.
         threads: CPU threads.
 
     Raises:

@@ -52,7 +52,8 @@ def tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> dict[str, MetaVal
     """The `tokenizer.ggml.*` keys of a checkpoint with a byte-level BPE tokenizer.
 
     Raises:
-        CheckpointError: no tokenizer.json, not a byte-level BPE, or split in a way that llama.cpp has no name for.
+        CheckpointError: no tokenizer.json, not a byte-level BPE, or split in a way that llama.cpp has no name
+            for.
     """
     file = checkpoint.path / "tokenizer.json"
     content = checkpoint.json("tokenizer.json")

@@ -73,13 +73,11 @@ def write_whole(
 
 def native_float_type(checkpoint: Checkpoint) -> str:
     """The smallest float type that loses nothing of the checkpoint's matrices: bf16, f16 or f32."""
-    import torch
-
-    known = {torch.bfloat16: "bf16", torch.float16: "f16"}
+    known = {"BF16": "bf16", "F16": "f16"}
     matrices = [
         s.name for n, s in tensor_sources(checkpoint, decoder_of(checkpoint)).items() if "norm" not in n
     ]
-    types = {known.get(checkpoint.tensor(name).dtype, "f32") for name in matrices if name.endswith("weight")}
+    types = {known.get(checkpoint.stored_type(name), "f32") for name in matrices if name.endswith("weight")}
     return types.pop() if len(types) == 1 else "f32"
 
 
@@ -105,7 +103,8 @@ def _reader(
         weight = checkpoint.tensor(source.name)
         if tuple(weight.shape) != shape:
             raise CheckpointError(
-                f"{checkpoint.path}: {source.name} has shape {list(weight.shape)}, the configuration says {list(shape)}"
+                f"{checkpoint.path}: {source.name} has shape {list(weight.shape)}, "
+                f"the configuration says {list(shape)}"
             )
         if source.interleave_heads:
             weight = interleave_rows(weight, source.interleave_heads)
@@ -187,7 +186,8 @@ def _rope_keys(decoder: Decoder) -> dict[str, MetaValue]:
             if rope.parameters.get(name) is not None:
                 keys[f"rope.scaling.yarn_{name}"] = float32(float(rope.parameters[name]))
         if rope.parameters.get("attention_factor") is not None:
-            # transformers means the whole factor, llama.cpp multiplies by YaRN's own 1 + 0.1 ln(factor) (paper, eq. 22).
+            # transformers means the whole factor, llama.cpp multiplies by YaRN's own 1 + 0.1 ln(factor)
+            # (paper, eq. 22).
             usual = 1.0 + 0.1 * math.log(float(rope.parameters["factor"]))
             keys["rope.scaling.yarn_attn_factor"] = float32(
                 float(rope.parameters["attention_factor"]) / usual

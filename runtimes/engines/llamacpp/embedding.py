@@ -22,6 +22,12 @@ _BLOCKS = {
 }  # fmt: skip
 
 
+def table_bytes(entry: EmbeddingEntry) -> int:
+    """Bytes the table takes up in its file."""
+    block_bytes, block_values = _BLOCKS[entry.type.upper()]
+    return entry.rows * (entry.columns // block_values) * block_bytes
+
+
 class EmbeddingTable:
     """Rows of the embedding table as float32, dequantised by ggml's own code one row at a time.
 
@@ -33,8 +39,7 @@ class EmbeddingTable:
         kind = entry.type.upper()
         if kind not in _BLOCKS:
             raise BundleError(f"{path}: embedding type {entry.type} is not known", hint="export again")
-        block_bytes, block_values = _BLOCKS[kind]
-        row_bytes = entry.columns // block_values * block_bytes
+        row_bytes = table_bytes(entry) // entry.rows
         size = path.stat().st_size
         if entry.offset + entry.rows * row_bytes > size:
             raise BundleError(f"{path}: the embedding table ends past the file's {size} bytes", hint="export again")

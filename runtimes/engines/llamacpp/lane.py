@@ -74,7 +74,8 @@ class Lane:
         self.part, self.output, self._width = part, output, options.max_width
         self._tap = _Tap(part.num_layers, part.hidden_size) if output == "callback" else None
         params = self._llama.llama_context_default_params()
-        params.n_ctx = context_length
+        # llama.cpp aborts on a context smaller than its batch or its number of sequences
+        params.n_ctx = max(context_length, options.max_width, options.max_branches)
         params.n_batch = params.n_ubatch = options.max_width
         params.n_seq_max = options.max_branches
         params.n_threads = params.n_threads_batch = options.threads

@@ -1,11 +1,12 @@
-"""Cut the code prompts of samples/prompts/code.jsonl from the held-out files of a recipe's corpus.
+r"""Cut code prompts and text from the held-out files of a recipe's corpus.
 
-    python samples/recipes/cut_prompts.py samples/recipes/coder.toml samples/models/coder
-    samples/prompts/code.jsonl
+    python samples/recipes/cut_held_out.py prompts samples/recipes/coder.toml samples/models/coder \
+        samples/prompts/code.jsonl
+    python samples/recipes/cut_held_out.py text samples/recipes/coder.toml samples/prompts/held_out.jsonl
 
 A prompt is the beginning of a function: up to the end of its docstring, or up to a line in the middle of its
 body. None shares a run of 24 tokens with a training file, neither in the prompt nor in the 96 tokens that
-follow it.
+follow it. A text is some sixty lines from the middle of a file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ast
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -107,20 +109,47 @@ def training_runs(
     found = []
     training = [source.text for source in sources if not source.held_out]
     for begin in range(0, len(training), 256):
-        for encoding in tokenizer.encode_batch_fast(training[begin : begin + 256]):
-            found.append(np.intersect1d(runs(np.array(encoding.ids, dtype=np.uint32)), wanted))
+        encodings = tokenizer.encode_batch_fast(training[begin : begin + 256])
+        found += [np.intersect1d(runs(np.array(e.ids, dtype=np.uint32)), wanted) for e in encodings]
     return np.unique(np.concatenate(found))
 
 
-def main(recipe: str, model: Path, output: Path, count: int = 24) -> None:
-    """Cut COUNT prompts and write one JSON object a line: prompt and the file it comes from."""
+def excerpt(source: Source, characters: int = 2_500) -> str:
+    """Whole lines from the middle of a file."""
+    begin = source.text.find("\n", len(source.text) // 2) + 1
+    return source.text[begin : source.text.rfind("\n", begin, begin + characters) + 1]
+
+
+def write_lines(path: Path, records: list[dict[str, str]]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def prompts(recipe: str, model: Path, output: Path, count: int = 24) -> None:
+    """Cut COUNT prompts for the tokenizer of MODEL: lines of prompt and source."""
     sources = collect(load_recipe(recipe).corpus)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     chosen = choose(sources, tokenizer, count)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"prompt": cut.prompt, "source": cut.source}, ensure_ascii=False) for cut in chosen]
-    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(output, [{"prompt": cut.prompt, "source": cut.source} for cut in chosen])
+
+
+@app.command()
+def text(recipe: str, output: Path, count: int = 24) -> None:
+    """Cut COUNT texts, one per package in turn: lines of text and source."""
+    groups: dict[str, list[Source]] = {}
+    for source in sorted(collect(load_recipe(recipe).corpus), key=lambda s: s.digest):
+        if source.held_out and len(source.text) > 6_000:
+            groups.setdefault(source.package, []).append(source)
+    turns = [source for turn in zip_longest(*groups.values()) for source in turn if source is not None]
+    records = [{"text": excerpt(s), "source": f"{s.package}: {s.path}"} for s in turns[:count]]
+    write_lines(output, records)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

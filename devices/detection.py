@@ -1,0 +1,93 @@
+"""Whether this machine can use a device, and if not, why.
+
+>>> from skipstone.devices.detection import detect
+>>> detect(load_profile("cuda")).reason
+'this build of llama-cpp-python has no GPU backend'
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+from skipstone.devices.profiles import DeviceProfile
+from skipstone.errors import EngineError
+from skipstone.runtimes.engines.llamacpp.library import library
+
+# Registry names differ between llama.cpp's versions for this one.
+_ALIASES = {"MTL": ("MTL", "Metal")}
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a device can be used here.
+
+    Attributes:
+        usable: true where it can.
+        reason: what was found, or why it cannot.
+    """
+
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device that llama.cpp lists: its backend's name and its own description."""
+
+    backend: str
+    description: str
+
+
+def detect(profile: DeviceProfile) -> Availability:
+    """Look for a profile's device on this machine."""
+    try:
+        llama = library().llama
+        found = list_accelerators()
+    except EngineError as error:
+        return Availability(False, str(error))
+    if profile.gpu_layers != 0 and not llama.llama_supports_gpu_offload():
+        return Availability(False, "this build of llama-cpp-python has no GPU backend")
+    wanted = _ALIASES.get(profile.backend, (profile.backend,))
+    descriptions = [device.description for device in found if device.backend in wanted]
+    if not descriptions:
+        backends = ", ".join(sorted({device.backend for device in found})) or "none"
+        return Availability(False, f"llama.cpp finds no {profile.backend} device here (backends: {backends})")
+    return Availability(True, "; ".join(descriptions))
+
+
+def list_accelerators() -> list[Accelerator]:
+    """The devices llama.cpp's registry lists, the CPU included.
+
+    Raises:
+        EngineError: llama.cpp is missing or its libraries do not load.
+    """
+    lib = library()
+    base, registry = lib.ggml_base, _registry()
+    registry.ggml_backend_dev_count.restype = ctypes.c_size_t
+    registry.ggml_backend_dev_get.restype = ctypes.c_void_p
+    registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    base.ggml_backend_dev_backend_reg.restype = ctypes.c_void_p
+    base.ggml_backend_dev_backend_reg.argtypes = [ctypes.c_void_p]
+    for name in ("ggml_backend_reg_name", "ggml_backend_dev_description"):
+        getattr(base, name).restype, getattr(base, name).argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    found = []
+    for index in range(registry.ggml_backend_dev_count()):
+        device = registry.ggml_backend_dev_get(index)
+        backend = base.ggml_backend_reg_name(base.ggml_backend_dev_backend_reg(device))
+        description = base.ggml_backend_dev_description(device)
+        found.append(Accelerator(backend.decode(), description.decode(errors="replace")))
+    return found
+
+
+def _registry() -> ctypes.CDLL:
+    """The library that holds ggml's device registry; it lies beside ggml-base."""
+    base = Path(str(library().ggml_base._name))
+    path = base.with_name(base.name.replace("ggml-base", "ggml"))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise EngineError(
+            f"{path}: cannot be loaded: {error}", hint="install llama-cpp-python again"
+        ) from error

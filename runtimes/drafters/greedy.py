@@ -1,0 +1,192 @@
+"""Greedy growth: the drafting model judges the nodes of the stage before, and adds candidates of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.runtimes.drafters.base import Drafter
+from skipstone.runtimes.drafters.growth import Growth
+from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.sampling import softmax
+from skipstone.runtimes.tree import TokenTree
+
+_LEARNING = 0.02
+_SURE = 0.995  # no estimate is trusted beyond
+
+
+class Trust:
+    """How far a stage's opinion moves the estimate of the stage before, learned from verification.
+
+    For a child the stage before gives probability s and this model p, the estimate is σ(bias + logit s + weight·logit p):
+    logistic pooling of two experts. Children it did not propose share the mass left over, in proportion to p.
+    """
+
+    def __init__(self) -> None:
+        self.bias, self.weight, self.own = 0.5, 0.25, 0.7
+
+    def pooled(self, before: float, model: float) -> float:
+        """Estimate for a child both have an opinion on."""
+        return _sigmoid(self.bias + _logit(before) + self.weight * _logit(model))
+
+    def learn(self, before: float, model: float, left: float, hit: bool) -> None:
+        """One child of an accepted node: was it the target's token?"""
+        if before > 0.0:
+            error = float(hit) - self.pooled(before, model)
+            self.bias = _clip(self.bias + _LEARNING * error, -2.0, 2.0)
+            self.weight = _clip(self.weight + _LEARNING * error * _logit(model) * 0.25, 0.0, 1.5)
+        elif left * model > 0.05:
+            self.own = _clip(self.own + _LEARNING * (float(hit) - self.own * left * model), 0.1, 1.1)
+
+
+class GreedyGrowth:
+    """Grows one round's tree for greedy decoding.
+
+    Args:
+        growth: the shared part.
+        trust: this stage's.
+    """
+
+    def __init__(self, growth: Growth, trust: Trust) -> None:
+        self._growth, self._trust = growth, trust
+        self._shares: list[float] = []  # probability of each node given its parent
+        self._examined: set[int] = set()
+        self.records: dict[tuple[int, ...], list[tuple[int, float, float, float]]] = {}
+
+    def grow(self, source: Drafter | None) -> TokenTree:
+        """The tree worth verifying."""
+        growth = self._growth
+        wave = [ROOT, *self._first_guesses(source)]
+        while wave:
+            logits = growth.run([growth.row(node) for node in wave])
+            for node in wave:
+                self._examine(node, logits[growth.rows[node]])
+            self._rescore()
+            wave = growth.next_wave(self._leaves(), self._examined, self._fitting())
+        return self._worth_verifying()
+
+    def _first_guesses(self, source: Drafter | None) -> list[int]:
+        """Take over the stage before's tree; returns the nodes of it to examine with the root."""
+        growth = self._growth
+        if source is None or min(growth.options.guesses, growth.rows_left) < 1:
+            return []
+        before = self._within_length(source.propose(growth.request))
+        most = max(0, min(growth.options.guesses, growth.rows_left))  # the stage before took rows of its own
+        for token, parent, score in zip(before.tokens, before.parents, before.scores, strict=True):
+            self._add(token, parent, score / (before.scores[parent] if parent != ROOT else 1.0))
+        order = sorted(range(len(before)), key=lambda node: (-before.scores[node], node))
+        scores = [before.scores[node] for node in order]
+        count = growth.request.costs.best_count(scores, 0.0, limit=most)[0]
+        self._rescore()
+        return sorted(order[:count])
+
+    def _within_length(self, tree: TokenTree) -> TokenTree:
+        """The tree without levels below the asked length."""
+        length = self._growth.options.length
+        if length is None:
+            return tree
+        levels: list[int] = []
+        for parent in tree.parents:
+            levels.append(1 + (levels[parent] if parent != ROOT else 0))
+        return tree.subtree([node for node, level in enumerate(levels) if level <= length])
+
+    def _add(self, token: int, parent: int, share: float) -> int:
+        self._shares.append(min(share, _SURE))
+        return self._growth.tree.add(token, parent)
+
+    def _examine(self, node: int, logits: NDArray[np.float32]) -> None:
+        """Pool both opinions on a node's children, and give it new ones."""
+        growth, tree, ids = self._growth, self._growth.tree, self._growth.model.ids
+        self._examined.add(node)
+        if growth.deep_enough(node):
+            return
+        p = softmax(logits)
+        children = {tree.tokens[c]: c for c, parent in enumerate(tree.parents) if parent == node}
+        record: list[tuple[int, float, float, float]] = []
+        for token, child in children.items():
+            model = _probability(p, ids, token)
+            record.append((token, self._shares[child], model, 0.0))
+            self._shares[child] = self._trust.pooled(self._shares[child], model)
+        total = sum(self._shares[child] for child in children.values())
+        for child in children.values():
+            self._shares[child] *= min(1.0, _SURE / total)
+        left = max(0.0, 1.0 - total)
+        for at in _likeliest(logits, growth.options.branching):
+            token, model = int(ids[at]), float(p[at])
+            if token not in children and model >= growth.options.confidence:
+                record.append((token, 0.0, model, left))
+                self._add(token, node, left * self._trust.own * model)
+        self.records[tuple(tree.path_tokens(node))] = record
+
+    def _rescore(self) -> None:
+        """Path probabilities from the shares, top down (parents precede children)."""
+        tree = self._growth.tree
+        tree.scores = []
+        for share, parent in zip(self._shares, tree.parents, strict=True):
+            tree.scores.append(share * (tree.scores[parent] if parent != ROOT else 1.0))
+
+    def _leaves(self) -> dict[int, float]:
+        """Nodes that may be run next: unexamined, likely enough, their parents examined or runnable with them."""
+        floor, tree = self._growth.options.floor, self._growth.tree
+        return {
+            node: score
+            for node, score in enumerate(tree.scores)
+            if node not in self._examined and score >= floor and tree.parents[node] in self._examined | {ROOT}
+        }
+
+    def _fitting(self) -> int:
+        count = 0
+        for size in range(1, 9):
+            count = size if self._growth.has_room(size) else count
+        return count
+
+    def _worth_verifying(self) -> TokenTree:
+        """The nodes that maximise expected tokens per second."""
+        growth, tree = self._growth, self._growth.tree
+        order = sorted(range(len(tree)), key=lambda node: (-tree.scores[node], node))
+        behind = [node not in self._examined for node in order] if growth.model.is_target else ()
+        count, _ = growth.request.costs.best_count(
+            [tree.scores[node] for node in order],
+            growth.spent,
+            start=growth.start,
+            limit=growth.request.limit,
+            behind=behind,
+        )
+        return tree.best(count)
+
+    def learn(self, fresh: Sequence[int]) -> None:
+        """Take in the tokens verification found to follow the context."""
+        for depth, token in enumerate(fresh):
+            for child, before, model, left in self.records.get(tuple(fresh[:depth]), ()):
+                self._trust.learn(before, model, left, child == token)
+
+
+def _likeliest(logits: NDArray[np.float32], count: int) -> list[int]:
+    count = min(count, len(logits))
+    if count == 1:
+        return [int(logits.argmax())]
+    top = np.argpartition(logits, -count)[-count:]
+    best: list[int] = top[np.argsort(-logits[top], kind="stable")].tolist()
+    return best
+
+
+def _probability(p: NDArray[np.float64], ids: NDArray[np.int32], token: int) -> float:
+    """The model's probability of a token; a small one where its head leaves the token out."""
+    at = int(np.searchsorted(ids, token))
+    return float(p[at]) if at < len(ids) and ids[at] == token else 0.1
+
+
+def _logit(p: float) -> float:
+    p = min(max(p, 0.003), _SURE)
+    return math.log(p / (1.0 - p))
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x))
+
+
+def _clip(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)

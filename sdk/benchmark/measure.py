@@ -1,0 +1,147 @@
+"""Timed generations, every strategy in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from skipstone.benchmark.subject import Subject
+from skipstone.runtimes.generate import GenerationLimits, Policy, generate
+from skipstone.runtimes.sampling import Sampler, SamplingConfig
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generation.
+
+    Attributes:
+        tokens: what was generated.
+        first_seconds: until the first token, prefill included.
+        decode_seconds: from the first token to the last.
+        rounds: verification passes after the first token.
+        drafted, accepted: draft tokens verified, and of these accepted.
+        predicted_seconds: what the cost curve says for everything run after the first token; None: not known.
+        bytes_read: of weights, after the first token; None: not known.
+    """
+
+    tokens: tuple[int, ...]
+    first_seconds: float
+    decode_seconds: float
+    rounds: int
+    drafted: int = 0
+    accepted: int = 0
+    predicted_seconds: float | None = None
+    bytes_read: int | None = None
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Of decoding; None when there was nothing to time."""
+        return self.decode_seconds / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
+
+
+class Runner(Protocol):
+    """Runs one prompt; what it learned from the prompts before may help."""
+
+    def __call__(self, prompt: Sequence[int]) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class StrategyRunner:
+    """A strategy on a subject.
+
+    Attributes:
+        subjects: the target, then the draft model if there is one.
+        policy: of the strategy; what it learns stays for the next prompt, as in an application.
+        limits: when to stop.
+        sampling: how tokens are chosen; every prompt starts from the same seed.
+    """
+
+    subjects: tuple[Subject, ...]
+    policy: Policy
+    limits: GenerationLimits
+    sampling: SamplingConfig
+
+    def __call__(self, prompt: Sequence[int]) -> Sample:
+        """Generate after a prompt, nothing of it computed before."""
+        for subject in self.subjects:
+            subject.restart()
+        target, meters = self.subjects[0], [subject.engine.meter for subject in self.subjects]
+        tokens: list[int] = []
+        rounds = drafted = accepted = 0
+        began = first = time.perf_counter()
+        steps = generate(
+            target.session, prompt, self.policy, Sampler(self.sampling), self.limits, target.costs
+        )
+        for step in steps:
+            if tokens:
+                rounds += 1
+            else:
+                first = time.perf_counter()
+                for meter in meters:
+                    meter.reset()
+            tokens += step.tokens
+            drafted += step.drafted
+            accepted += step.accepted
+        ended = time.perf_counter()
+        return Sample(
+            tokens=tuple(tokens),
+            first_seconds=first - began,
+            decode_seconds=ended - first,
+            rounds=rounds,
+            drafted=drafted,
+            accepted=accepted,
+            predicted_seconds=sum(meter.predicted_seconds for meter in meters),
+            bytes_read=sum(meter.bytes_read for meter in meters),
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a benchmark is: `done` of `total` generations, and what runs next."""
+
+    done: int
+    total: int
+    strategy: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """All samples of one strategy: samples[repeat][prompt]."""
+
+    strategy: str
+    samples: tuple[tuple[Sample, ...], ...]
+
+
+def measure_interleaved(
+    make_runner: Callable[[str], Runner],
+    strategies: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    repeats: int,
+    progress: Callable[[Progress], None],
+) -> list[Series]:
+    """Run every strategy on every prompt, taking turns, so that a slow spell of the machine hits all of them.
+
+    Args:
+        make_runner: a fresh runner of a strategy. Every repeat gets its own: what a strategy learns
+            carries over from prompt to prompt, but never from a text to the same text.
+        strategies: their order rotates from prompt to prompt.
+        prompts: token ids.
+        repeats: passes over the prompts.
+        progress: told before every generation.
+    """
+    found: dict[str, list[tuple[Sample, ...]]] = {strategy: [] for strategy in strategies}
+    total, done = repeats * len(prompts) * len(strategies), 0
+    for repeat in range(repeats):
+        runners = {strategy: make_runner(strategy) for strategy in strategies}
+        taken: dict[str, list[Sample]] = {strategy: [] for strategy in strategies}
+        for index, prompt in enumerate(prompts):
+            shift = (index + repeat) % len(strategies)
+            for strategy in [*strategies[shift:], *strategies[:shift]]:
+                progress(Progress(done, total, strategy))
+                taken[strategy].append(runners[strategy](prompt))
+                done += 1
+        for strategy in strategies:
+            found[strategy].append(tuple(taken[strategy]))
+    return [Series(strategy, tuple(passes)) for strategy, passes in found.items()]

@@ -1,0 +1,112 @@
+"""Peak memory of a strategy: a fresh process opens the bundle, runs one prompt and tells its peak.
+
+Run as a module this is that process: `python -m skipstone.benchmark.memory REQUEST`, REQUEST being JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from skipstone.errors import EngineError
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """What the process runs: a bundle with a strategy, or with `whole_gguf` a baseline.
+
+    Attributes:
+        strategy: of the bundle, or the baseline's name.
+    """
+
+    bundle: str
+    strategy: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    threads: int
+    context_length: int
+    kv_type: str | None = None
+    assistant_model: str | None = None
+    assistant_early_exit: int | None = None
+    whole_gguf: str | None = None
+
+
+def peak_rss_mb(request: MemoryRequest) -> float:
+    """Peak resident memory in MB (10^6 bytes) of a process that serves the request.
+
+    Raises:
+        EngineError: the process failed; shows what it wrote last.
+    """
+    command = [sys.executable, "-m", "skipstone.benchmark.memory", json.dumps(asdict(request))]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+        raise EngineError(
+            f"measuring the memory of {request.strategy}: exit status {done.returncode}: {last}",
+            hint="pass --no-memory to leave it out",
+        )
+    return float(json.loads(done.stdout.strip().splitlines()[-1])["peak_rss_mb"])
+
+
+def own_peak_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Linux hands `ru_maxrss` of the parent down through fork and exec, so the kernel's figure for this very
+    address space is read instead.
+    """
+    if _STATUS.is_file():
+        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _serve(request: MemoryRequest) -> None:
+    if request.whole_gguf is not None:
+        from skipstone.benchmark.baselines import BASELINES, BaselineOptions
+
+        options = BaselineOptions(
+            Path(request.whole_gguf), request.threads, request.context_length, request.kv_type or "f16"
+        )
+        with closing(BASELINES[request.strategy](options, request.max_new_tokens, ())) as baseline:
+            baseline(request.prompt)
+        return
+    from skipstone.model import load_model
+    from skipstone.runtimes.strategies import StrategyOptions
+
+    with load_model(
+        request.bundle,
+        context_length=request.context_length,
+        threads=request.threads,
+        kv_type=request.kv_type,
+    ) as model:
+        model.generate(
+            request.prompt,
+            max_new_tokens=request.max_new_tokens,
+            strategy=request.strategy,
+            options=StrategyOptions(assistant_early_exit=request.assistant_early_exit),
+            assistant_model=request.assistant_model,
+            ignore_eos=True,
+        )
+
+
+def main(argument: str) -> int:
+    """Serve one request and print this process's peak as JSON."""
+    fields = json.loads(argument)
+    _serve(MemoryRequest(**fields | {"prompt": tuple(fields["prompt"])}))
+    print(json.dumps({"peak_rss_mb": own_peak_bytes() / 1e6}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,265 @@
+"""One benchmark from a bundle's folder to a report."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.benchmark.baselines import BASELINES, Baseline, BaselineOptions, check_whole_gguf
+from skipstone.benchmark.lossless import agreement
+from skipstone.benchmark.measure import Progress, Runner, Series, StrategyRunner, measure_interleaved
+from skipstone.benchmark.memory import MemoryRequest, peak_rss_mb
+from skipstone.benchmark.prompts import DEFAULT_PROMPTS
+from skipstone.benchmark.report import Report, bundle_facts, this_machine
+from skipstone.benchmark.rows import Row, make_row
+from skipstone.benchmark.subject import Subject, new_policy, open_draft, runnable_strategies
+from skipstone.bundle import Bundle, open_bundle
+from skipstone.errors import ContextFullError, UsageError
+from skipstone.runtimes.engines import EngineOptions
+from skipstone.runtimes.generate import GenerationLimits
+from skipstone.runtimes.sampling import SamplingConfig
+from skipstone.runtimes.strategies import StrategyOptions
+
+PLAIN = "plain"
+_WARM_UP_TOKENS = 8
+_NO_IDS = ("create_completion",)
+
+
+def _silent(_progress: Progress) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How a benchmark runs.
+
+    Attributes:
+        strategies: their names; empty: all that the bundle can run. `plain` always runs.
+        prompts: texts.
+        prompts_source: where they come from, for the report.
+        max_new_tokens: per prompt, at least 2.
+        repeats: passes over the prompts.
+        threads, context_length, kv_type: see `skipstone.model.load_model`.
+        ignore_eos: go on after an end-of-text token, so that every run has the same length.
+        sampling: greedy by default; a seed of None means 0 here.
+        strategy_options: what to fix of the strategies.
+        assistant_model: folder of a draft model's bundle, for strategy `draft-model`.
+        baselines: also run what a user could run instead, on `whole_gguf`.
+        whole_gguf: the uncut model.
+        memory: measure every strategy's peak memory in a process of its own.
+        command: the command line, for the report.
+    """
+
+    strategies: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = DEFAULT_PROMPTS
+    prompts_source: str = "built in"
+    max_new_tokens: int = 64
+    repeats: int = 3
+    threads: int | None = None
+    context_length: int | None = None
+    kv_type: str | None = None
+    ignore_eos: bool = True
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    strategy_options: StrategyOptions = field(default_factory=StrategyOptions)
+    assistant_model: str | None = None
+    baselines: bool = False
+    whole_gguf: Path | None = None
+    memory: bool = True
+    command: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if self.max_new_tokens < 2:
+            raise UsageError(
+                f"--max-new-tokens {self.max_new_tokens}: expected at least 2, the first is not timed"
+            )
+        if self.repeats < 1:
+            raise UsageError(f"--repeats {self.repeats}: expected at least 1")
+        if not self.prompts:
+            raise UsageError("no prompts", hint="pass --prompts FILE.jsonl")
+        if self.baselines and not self.sampling.greedy:
+            raise UsageError("--baselines: they decode greedily", hint="leave --temperature out")
+
+    @property
+    def engine(self) -> EngineOptions:
+        """For opening the bundles."""
+        return EngineOptions(threads=self.threads, kv_type=self.kv_type)
+
+
+def run_bench(
+    path: str | os.PathLike[str],
+    options: BenchOptions | None = None,
+    progress: Callable[[Progress], None] = _silent,
+) -> Report:
+    """Measure a bundle.
+
+    Args:
+        path: its folder.
+        options: how.
+        progress: told before every generation.
+
+    Raises:
+        BundleError, EngineError, UsageError, ContextFullError: nothing has been measured then.
+    """
+    options = options or BenchOptions()
+    began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
+    with _Bench(open_bundle(path), options) as bench:
+        rows = bench.rows(progress)
+        return Report(
+            rows=tuple(rows),
+            bundle=bundle_facts(bench.target.bundle),
+            machine=this_machine(),
+            prompts=len(options.prompts),
+            prompts_source=options.prompts_source,
+            repeats=options.repeats,
+            max_new_tokens=options.max_new_tokens,
+            ignore_eos=options.ignore_eos,
+            threads=bench.target.curve.threads,
+            context_length=bench.target.session.context_length,
+            kv_type=bench.kv_type,
+            temperature=options.sampling.temperature,
+            cost=bench.target.curve,
+            command=options.command,
+            started=started.isoformat(timespec="seconds"),
+            seconds=time.perf_counter() - began,
+        )
+
+
+class _Bench:
+    """Everything opened that the rows need."""
+
+    def __init__(self, bundle: Bundle, options: BenchOptions) -> None:
+        self._options, self._stack = options, ExitStack()
+        scheme = bundle.manifest.quantization.scheme
+        self.kv_type = options.kv_type or ("f32" if scheme == "f32" else "f16")
+        gguf = (
+            check_whole_gguf(options.whole_gguf, bundle.manifest.model.vocab_size)
+            if options.baselines
+            else None
+        )
+        try:
+            self.target = self._stack.enter_context(Subject(bundle, options.engine, options.context_length))
+            self._draft = self._open_draft()
+            self._prompts: list[list[int]] = self._encoded()
+            self.strategies = self._strategies()
+            eos = () if options.ignore_eos else bundle.manifest.model.eos_token_ids
+            self._limits = GenerationLimits(options.max_new_tokens, eos)
+            for strategy in self.strategies:  # what cannot run is refused before anything is measured
+                new_policy(strategy, self.target, self._draft, options.strategy_options)
+            self._baselines = {} if gguf is None else self._open_baselines(gguf, eos)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> _Bench:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def rows(self, progress: Callable[[Progress], None]) -> list[Row]:
+        """Measure, compare, weigh."""
+        options = self._options
+        warm_up = GenerationLimits(_WARM_UP_TOKENS)
+        self._runner(PLAIN, warm_up)(self._prompts[0])
+        every = (*self.strategies, *self._baselines)
+        found = measure_interleaved(self._runner, every, self._prompts, options.repeats, progress)
+        plain = found[0]
+        return [self._row(series, plain) for series in found]
+
+    def _row(self, series: Series, plain: Series) -> Row:
+        compared = self._options.sampling.greedy and series.strategy not in _NO_IDS
+        matches = None
+        if compared:
+            matches = agreement(
+                self._prompts,
+                [sample.tokens for sample in plain.samples[0]],
+                [[sample.tokens for sample in passed] for passed in series.samples],
+                self._logits_after,
+                self.target.bundle.manifest.parity.near_tie_margin,
+            )
+        memory = peak_rss_mb(self._memory_request(series.strategy)) if self._options.memory else None
+        return make_row(series, plain, matches, self.target.costs.plain, memory)
+
+    def _runner(self, strategy: str, limits: GenerationLimits | None = None) -> Runner:
+        if strategy in self._baselines:
+            return self._baselines[strategy]
+        options = self._options
+        subjects = (self.target,) if self._draft is None else (self.target, self._draft)
+        policy = new_policy(strategy, self.target, self._draft, options.strategy_options)
+        return StrategyRunner(subjects, policy, limits or self._limits, _seeded(options.sampling))
+
+    def _logits_after(self, context: Sequence[int]) -> NDArray[np.float32]:
+        self.target.restart()
+        return self.target.session.prefill(context)
+
+    def _open_draft(self) -> Subject | None:
+        path = self._options.assistant_model
+        if path is None:
+            return None
+        return self._stack.enter_context(open_draft(path, self.target, self._options.engine))
+
+    def _open_baselines(self, gguf: Path, eos: Sequence[int]) -> dict[str, Baseline]:
+        options = BaselineOptions(
+            gguf, self.target.curve.threads, self.target.session.context_length, self.kv_type
+        )
+        limit = self._options.max_new_tokens
+        return {
+            name: self._stack.enter_context(closing(make(options, limit, eos)))
+            for name, make in BASELINES.items()
+        }
+
+    def _encoded(self) -> list[list[int]]:
+        room = self.target.session.context_length
+        encoded = [self.target.codec.encode(prompt) for prompt in self._options.prompts]
+        for index, tokens in enumerate(encoded, 1):
+            if len(tokens) + self._options.max_new_tokens > room:
+                raise ContextFullError(
+                    f"prompt {index}: {len(tokens)} tokens and {self._options.max_new_tokens} new ones "
+                    f"do not fit into a context of {room}",
+                    hint="shorten the prompt, lower --max-new-tokens or raise --context-length",
+                )
+        return encoded
+
+    def _strategies(self) -> tuple[str, ...]:
+        """As asked, without repetition, `plain` in front."""
+        wanted = self._options.strategies or runnable_strategies(self.target)
+        more = ("draft-model",) if self._draft is not None and not self._options.strategies else ()
+        return tuple(dict.fromkeys((PLAIN, *wanted, *more)))
+
+    def _memory_request(self, strategy: str) -> MemoryRequest:
+        options, longest = self._options, sorted(self._prompts, key=len)[-1]
+        return MemoryRequest(
+            bundle=str(self.target.bundle.path),
+            strategy=strategy,
+            prompt=tuple(longest),
+            max_new_tokens=options.max_new_tokens,
+            threads=self.target.curve.threads,
+            context_length=self.target.session.context_length,
+            kv_type=self.kv_type,
+            assistant_model=options.assistant_model if strategy == "draft-model" else None,
+            assistant_early_exit=options.strategy_options.assistant_early_exit,
+            whole_gguf=str(options.whole_gguf) if strategy in self._baselines else None,
+        )
+
+
+def _seeded(sampling: SamplingConfig) -> SamplingConfig:
+    """Sampling with a fixed seed, so that a benchmark can be repeated."""
+    if sampling.greedy or sampling.seed is not None:
+        return sampling
+    return SamplingConfig(
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        seed=0,
+    )

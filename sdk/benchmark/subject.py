@@ -1,0 +1,110 @@
+"""What a benchmark runs: an opened bundle whose engine is metered, and the strategies' policies on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from skipstone.benchmark.meter import MeteredEngine, part_bytes
+from skipstone.bundle import Bundle, CostCurve, open_bundle
+from skipstone.devices.cost import measure
+from skipstone.model import _draft_table
+from skipstone.runtimes.costs import CostModel
+from skipstone.runtimes.drafters.base import Drafter
+from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, check_vocabularies
+from skipstone.runtimes.drafters.growth import GrowthOptions
+from skipstone.runtimes.engines import EngineOptions, open_engine
+from skipstone.runtimes.generate import Policy
+from skipstone.runtimes.session import Session
+from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
+from skipstone.runtimes.text import TextCodec
+
+_COST_SECONDS = 4.0
+
+
+class Subject:
+    """One bundle under test: weights, cost curve, codec and a metered session. Use it as a context manager.
+
+    Args:
+        bundle: the checked bundle.
+        options: engine options.
+        context_length: positions; None: the model's own, at most 2,048.
+    """
+
+    def __init__(self, bundle: Bundle, options: EngineOptions, context_length: int | None = None) -> None:
+        facts = bundle.manifest.model
+        self.bundle = bundle
+        bos = facts.bos_token_id if facts.add_bos else None
+        self.codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size, bos)
+        self.table = _draft_table(bundle)
+        self._raw = open_engine(bundle, options)
+        try:
+            self.curve: CostCurve = measure(self._raw, budget_seconds=_COST_SECONDS)
+            self.costs = CostModel(self.curve, self._raw.exits)
+            self.engine = MeteredEngine(self._raw, self.costs, part_bytes(bundle))
+            length = min(facts.context_length, 2048) if context_length is None else context_length
+            self.session = Session(self.engine, length)
+        except Exception:
+            self._raw.close()
+            raise
+
+    def restart(self) -> None:
+        """Forget the sequence and what was metered."""
+        self.session.rewind(0)
+        self.engine.meter.reset()
+
+    def close(self) -> None:
+        """Free weights and caches. Idempotent."""
+        self.session.close()
+        self._raw.close()
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def open_draft(path: str, target: Subject, options: EngineOptions) -> Subject:
+    """A draft model for `target`.
+
+    Raises:
+        VocabularyMismatchError: its tokens are not the target's.
+    """
+    bundle = open_bundle(path)
+    facts = bundle.manifest.model
+    codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size)
+    check_vocabularies(
+        target.codec.vocabulary(), codec.vocabulary(), str(target.bundle.path), str(bundle.path)
+    )
+    return Subject(bundle, options, min(facts.context_length, target.session.context_length))
+
+
+def new_policy(strategy: str, target: Subject, draft: Subject | None, options: StrategyOptions) -> Policy:
+    """A policy that has learned nothing yet.
+
+    Raises:
+        UsageError: an unknown strategy, or one this bundle cannot run.
+    """
+    maker = None if draft is None else _maker(draft)
+    materials = Materials(target.engine, target.costs, options, table=target.table, draft_model=maker)
+    return make_policy(strategy, materials)
+
+
+def runnable_strategies(target: Subject) -> tuple[str, ...]:
+    """The strategies this bundle can run without anything else, the default of a benchmark."""
+    text = ("prompt-lookup", "katz", "recycling")
+    inner = (
+        ("layerskip", "staged")
+        if target.engine.draft_vocabulary is not None and len(target.engine.exits) > 1
+        else ()
+    )
+    return ("plain", *text, *inner, "auto")
+
+
+def _maker(draft: Subject) -> Callable[[Drafter | None, GrowthOptions], Drafter]:
+    name = draft.bundle.manifest.model.name
+
+    def make(source: Drafter | None, shape: GrowthOptions) -> Drafter:
+        return DraftModelDrafter(draft.session, draft.costs, name, source, shape)
+
+    return make

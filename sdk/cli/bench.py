@@ -1,0 +1,147 @@
+"""`skipstone bench`: plain decoding and every strategy on the same prompts, in one process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from skipstone.errors import UsageError
+
+if TYPE_CHECKING:
+    from skipstone.benchmark.measure import Progress
+
+
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='JSONL file with {"prompt": …} lines.', show_default="a few built in"),
+    ] = None,
+    strategies: Annotated[
+        str | None,
+        typer.Option(help="Names, separated by commas.", show_default="all that the bundle can run"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 64,
+    json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Passes over the prompts.")] = 3,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use the first so many prompts.", show_default="all")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="Positions to hold.", show_default="the model's, at most 2048")
+    ] = None,
+    kv_type: Annotated[
+        str | None, typer.Option(help="f16 or f32.", show_default="f16; f32 for f32 bundles")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy, and compares the outputs.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest one.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random draws.")] = 0,
+    stop_at_eos: Annotated[
+        bool, typer.Option("--stop-at-eos", help="End a prompt at an end-of-text token.")
+    ] = False,
+    assistant_early_exit: Annotated[
+        int | None, typer.Option(help="Exit to draft with.", show_default="the first")
+    ] = None,
+    num_assistant_tokens: Annotated[
+        int | None, typer.Option(help="Longest draft.", show_default="as far as it pays")
+    ] = None,
+    assistant_confidence_threshold: Annotated[
+        float | None, typer.Option(help="Stop drafting under this probability.", show_default="0")
+    ] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int | None, typer.Option(help="Longest draft copied from the text.", show_default="10")
+    ] = None,
+    assistant_model: Annotated[
+        Path | None, typer.Option(help="Bundle of a draft model; adds strategy draft-model.")
+    ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines", help="Also run llama_decode and create_completion, on --whole-gguf."),
+    ] = False,
+    whole_gguf: Annotated[Path | None, typer.Option(help="The uncut model, for --baselines.")] = None,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Do not measure peak memory.")] = False,
+) -> None:
+    """Compare every strategy with plain decoding: speed, acceptance, memory, same output or not."""
+    from rich.console import Console
+
+    from skipstone.benchmark.prompts import DEFAULT_PROMPTS, read_prompts
+    from skipstone.benchmark.render import show
+    from skipstone.benchmark.report import check_writable, write_json
+    from skipstone.benchmark.run import BenchOptions, run_bench
+    from skipstone.runtimes.sampling import SamplingConfig
+    from skipstone.runtimes.strategies import StrategyOptions
+
+    texts = DEFAULT_PROMPTS if prompts is None else read_prompts(prompts)
+    options = BenchOptions(
+        strategies=() if strategies is None else parse_strategies(strategies),
+        prompts=texts[:limit],
+        prompts_source="built in" if prompts is None else prompts.name,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        threads=threads,
+        context_length=context_length,
+        kv_type=kv_type,
+        ignore_eos=not stop_at_eos,
+        sampling=SamplingConfig(temperature, top_k, top_p, min_p, seed=seed),
+        strategy_options=StrategyOptions(
+            assistant_early_exit,
+            num_assistant_tokens,
+            assistant_confidence_threshold,
+            prompt_lookup_num_tokens,
+        ),
+        assistant_model=None if assistant_model is None else str(assistant_model),
+        baselines=baselines,
+        whole_gguf=whole_gguf,
+        memory=not no_memory,
+        command=("skipstone", *sys.argv[1:]),
+    )
+    if json is not None:
+        check_writable(json)
+    with _bar() as report_progress:
+        report = run_bench(bundle, options, report_progress)
+    if json is not None:
+        write_json(json, report.as_json())
+    show(report, Console())
+
+
+def parse_strategies(text: str) -> tuple[str, ...]:
+    """`a,b` → (a, b).
+
+    Raises:
+        UsageError: an unknown or missing name.
+    """
+    from skipstone.cli._common import check_strategy
+
+    names = tuple(name for part in text.split(",") if (name := part.strip()))
+    if not names:
+        raise UsageError(f"--strategies {text!r}: no names in it", hint="say --strategies plain,staged,auto")
+    for name in names:
+        check_strategy(name, "--strategies")
+    return names
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    """A progress bar on standard error, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Drawn between generations, not from a thread of its own, which would take time from what is measured.
+    with Bar(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("measuring costs", total=None)
+
+        def report(progress: Progress) -> None:
+            bar.update(task, description=progress.strategy, completed=progress.done, total=progress.total)
+            bar.refresh()
+
+        yield report

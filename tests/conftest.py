@@ -1,0 +1,54 @@
+"""The shipped model's bundles, exported once per run."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+Export = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def coder_checkpoint() -> Path:
+    """Folder of the reference model; SKIPSTONE_TEST_CHECKPOINT names another one to test with."""
+    named = os.environ.get("SKIPSTONE_TEST_CHECKPOINT")
+    folder = Path(named) if named else ROOT / "samples" / "models" / "coder"
+    assert (folder / "config.json").is_file(), f"{folder}: no checkpoint there; set SKIPSTONE_TEST_CHECKPOINT"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_coder(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """From a quantisation scheme to the folder of the reference model's bundle; not to be changed."""
+    made: dict[str, Path] = {}
+
+    def get(scheme: str) -> Path:
+        if scheme not in made:
+            from skipstone.exporters.pipeline import export_checkpoint
+
+            output = tmp_path_factory.mktemp("coder") / scheme
+            export_checkpoint(coder_checkpoint, output, quantize=scheme)
+            made[scheme] = output
+        return made[scheme]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def coder_bundle_f32(export_coder: Export) -> Path:
+    """Folder of the reference model's bundle in f32."""
+    return export_coder("f32")
+
+
+@pytest.fixture(scope="session")
+def coder_bundle_q8_0(export_coder: Export) -> Path:
+    """Folder of the reference model's bundle in q8_0."""
+    return export_coder("q8_0")
+
+
+@pytest.fixture(scope="session")
+def coder_bundle_q4_0(export_coder: Export) -> Path:
+    """Folder of the reference model's bundle in q4_0."""
+    return export_coder("q4_0")

@@ -1,0 +1,85 @@
+"""The cost curve: what it measures, against an engine whose costs are known."""
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from skipstone.devices.cost import WIDTHS, measure
+from skipstone.runtimes.rows import RowTree
+from tests.sdk.scripted import FloatArray, ScriptedCache, ScriptedEngine
+
+PER_ROW = (0.0005, 0.001)
+HEAD = 0.0015
+
+
+class SlowCache(ScriptedCache):
+    """Takes PER_ROW seconds a row and segment, and HEAD a call of the draft head."""
+
+    closed = 0
+
+    def run(
+        self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]
+    ) -> FloatArray:
+        time.sleep(PER_ROW[segment] * len(rows))
+        return super().run(segment, rows, hidden, wanted)
+
+    def draft_logits(self, hidden: Sequence[FloatArray]) -> FloatArray:
+        time.sleep(HEAD)
+        return super().draft_logits(hidden)
+
+    def close(self) -> None:
+        SlowCache.closed += 1
+
+
+class SlowEngine(ScriptedEngine):
+    def open_cache(self, context_length: int, tree: RowTree) -> ScriptedCache:
+        return SlowCache(self, context_length, tree)
+
+
+def test_the_curve_finds_the_costs_of_every_part_and_width() -> None:
+    curve = measure(SlowEngine(range(256)), widths=(1, 4, 16), budget_seconds=0.5)
+    assert curve.widths == (1, 4, 16)
+    for segment, per_row in enumerate(PER_ROW):
+        for width, seconds in zip(curve.widths, curve.segments[segment], strict=True):
+            assert per_row * width <= seconds <= per_row * width * 1.5 + 0.005
+        assert all(a < b for a, b in pairwise(curve.segments[segment]))
+    assert all(HEAD <= seconds <= HEAD * 2 + 0.005 for seconds in curve.draft_head)
+
+
+def test_the_cache_it_opened_is_closed() -> None:
+    before = SlowCache.closed
+    measure(SlowEngine(range(256)), widths=(1, 2), budget_seconds=0.01)
+    assert SlowCache.closed == before + 1
+
+
+def test_a_short_context_leaves_the_wide_batches_out() -> None:
+    curve = measure(ScriptedEngine(range(64), max_context_length=24), budget_seconds=0.01)
+    assert max(curve.widths) <= 24
+    assert set(curve.widths) < set(WIDTHS)
+
+
+def test_an_engine_without_a_draft_head_has_no_costs_for_it() -> None:
+    engine = ScriptedEngine(range(64))
+    engine.draft_vocabulary = None  # type: ignore[assignment]
+    assert measure(engine, budget_seconds=0.01).draft_head == ()
+
+
+@pytest.mark.engine
+def test_a_real_bundles_curve_is_complete_and_grows(coder_bundle_f32: object) -> None:
+    from skipstone.bundle import open_bundle
+    from skipstone.runtimes.engines import EngineOptions, open_engine
+
+    engine = open_engine(open_bundle(str(coder_bundle_f32)), EngineOptions(threads=1))
+    try:
+        curve = measure(engine, budget_seconds=1.0)
+    finally:
+        engine.close()
+    assert curve.widths == WIDTHS
+    assert curve.threads == 1
+    assert len(curve.segments) == len(engine.exits)
+    table = np.array([*curve.segments, curve.draft_head])
+    assert (table > 0).all()
+    assert (table[:, -1] > table[:, 0]).all()  # 32 rows cost more than one

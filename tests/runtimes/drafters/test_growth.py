@@ -1,0 +1,186 @@
+"""Trees grown with a model's logits: never past a limit, sampled candidates all kept, draws from q itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skipstone.errors import UsageError, VocabularyMismatchError
+from skipstone.runtimes.drafters.base import DraftRequest
+from skipstone.runtimes.drafters.draft_model import check_vocabularies
+from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
+from skipstone.runtimes.drafters.growth import GrowthOptions
+from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.sampling import Sampler, SamplingConfig
+from skipstone.runtimes.session import Session
+from tests.runtimes.chi_square import goodness_of_fit
+from tests.runtimes.drafters_zoo import DRAFTERS, RandomDrafter
+from tests.runtimes.toy_engine import ToyEngine, toy_costs
+
+PROMPT = [3, 1, 4, 1, 5]
+GROWN = [
+    "exit 2",
+    "text → exit 2",
+    "random → exit 4",
+    "text → exit 2 → exit 4",
+    "draft model",
+    "exit 2 → twin",
+]
+ENGINE = ToyEngine(depth_scale=0.05, sharpness=4.0, max_branches=40)
+
+
+def request(
+    engine: ToyEngine, context_length: int, limit: int, temperature: float, seed: int = 0, slope: float = 0.0
+) -> DraftRequest:
+    session = Session(engine, context_length)
+    context = [*PROMPT, int(session.prefill(PROMPT).argmax())]
+    sampler = Sampler(SamplingConfig(temperature=temperature, seed=seed))
+    return DraftRequest(context, session, sampler, limit, toy_costs(engine, slope=slope))
+
+
+@pytest.mark.parametrize("name", GROWN)
+@given(
+    room=st.integers(3, 90),
+    wish=st.integers(1, 31),
+    branching=st.integers(1, 30),
+    guesses=st.integers(0, 31),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 50),
+)
+@settings(max_examples=30, deadline=None)
+def test_trees_stay_within_limit_room_and_branches(
+    name: str, room: int, wish: int, branching: int, guesses: int, temperature: float, seed: int
+) -> None:
+    limit = max(1, min(wish, (room - 1) // 2))
+    asked = request(ENGINE, len(PROMPT) + room, limit, temperature, seed)
+    drafter = DRAFTERS[name](ENGINE, GrowthOptions(branching=branching, guesses=guesses))
+    tree = drafter.propose(asked)
+    assert len(tree) <= limit
+    keys = list(zip(tree.parents, tree.tokens, strict=True))
+    assert len(set(keys)) == len(keys)
+    for node, parent in enumerate(tree.parents):
+        assert ROOT <= parent < node
+        assert 0 <= tree.scores[node] <= (1.0 if parent == ROOT else tree.scores[parent]) + 1e-12
+    session = asked.session
+    rows = session.push(asked.context[-1:])
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        rows += session.push([token], [rows[parent + 1]])
+    assert session.room >= 0
+    session.advance(rows, session.exits[-1])  # fits, leaves included
+    drafter.close()
+
+
+@pytest.mark.parametrize("name", GROWN)
+@given(limit=st.integers(1, 31), branching=st.integers(1, 4), seed=st.integers(0, 50))
+@settings(max_examples=30, deadline=None)
+def test_sampled_candidates_come_from_their_distribution_and_all_stay(
+    name: str, limit: int, branching: int, seed: int
+) -> None:
+    asked = request(ENGINE, 96, limit, 1.0, seed)
+    tree = DRAFTERS[name](ENGINE, GrowthOptions(branching=branching, guesses=5)).propose(asked)
+    children = tree.children()
+    assert tree.distributions.keys() == children.keys(), "each draw is on record, each record was drawn from"
+    for parent, nodes in children.items():
+        q = tree.distributions[parent]
+        assert q.probs.sum() == pytest.approx(1.0)
+        assert (np.diff(q.ids) > 0).all()
+        support = set(q.ids[q.probs > 0].tolist())
+        assert {tree.tokens[node] for node in nodes} <= support
+        assert len(nodes) <= branching
+
+
+@pytest.mark.parametrize(
+    "name", ["text → exit 2", "random → exit 4", "exit 2 → twin", "text → exit 2 → exit 4"]
+)
+def test_the_first_candidate_is_a_draw_from_q_however_the_guesses_fell(name: str) -> None:
+    engine = ToyEngine(seed=2, vocab_size=8, draft_tokens=8, sharpness=1.5, remember=True)
+    session = Session(engine, 40)
+    session.prefill(PROMPT)
+    drafter = DRAFTERS[name](engine, GrowthOptions(branching=2, guesses=3, passes=1))
+    sampler, costs = Sampler(SamplingConfig(temperature=1.0, seed=1)), toy_costs(engine, slope=0.0)
+    drafter.reset(PROMPT)
+    first: Counter[object] = Counter()
+    for _ in range(3_000):
+        tree = drafter.propose(DraftRequest([*PROMPT, 2], session, sampler, 8, costs))
+        first[tree.tokens[0]] += 1
+        session.discard()
+    q = tree.distributions[ROOT]
+    assert goodness_of_fit(first, dict(zip(q.ids.tolist(), q.probs.tolist(), strict=True))) > 1e-3
+
+
+@given(depth=st.integers(1, 4), seed=st.integers(0, 20))
+@settings(deadline=None)
+def test_a_length_bounds_the_levels_of_a_tree(depth: int, seed: int) -> None:
+    for temperature in (0.0, 1.0):
+        asked = request(ENGINE, 96, 31, temperature, seed)
+        tree = EarlyExitDrafter(2, None, GrowthOptions(length=depth)).propose(asked)
+        assert max((len(tree.path_tokens(node)) for node in range(len(tree))), default=0) <= depth
+
+
+def test_a_chain_follows_the_exits_best_tokens() -> None:
+    engine = ToyEngine(sharpness=20.0)
+    asked = request(engine, 96, 10, 0.0)
+    tree = EarlyExitDrafter(2, None, GrowthOptions(branching=1)).propose(asked)
+    assert len(tree) > 1
+    assert tree.parents == list(range(-1, len(tree) - 1))
+    text = list(asked.context)
+    for token in tree.tokens:
+        assert engine.draft_vocabulary is not None
+        assert token == engine.draft_vocabulary[engine.reference(text, 2)[-1].argmax()]
+        text.append(token)
+
+
+def test_drafts_hang_from_text_that_runs_ahead_of_the_session() -> None:
+    """A later stage may ask what follows its own drafts: the exit must read them, not only the committed text."""
+    asked = request(ENGINE, 96, 6, 0.0)
+    ahead = DraftRequest([*asked.context, 7, 8], asked.session, asked.sampler, 6, asked.costs)
+    tree = EarlyExitDrafter(2, None, GrowthOptions(branching=1)).propose(ahead)
+    assert ENGINE.draft_vocabulary is not None
+    best = ENGINE.reference(ahead.context, 2)[-1].argmax()
+    assert tree.tokens[0] == ENGINE.draft_vocabulary[best]
+
+
+def test_nothing_is_drafted_where_every_row_costs_full_price() -> None:
+    asked = request(ToyEngine(seed=5, sharpness=0.2), 96, 20, 0.0, slope=1.0)
+    assert len(EarlyExitDrafter(4, None).propose(asked)) <= 1
+
+
+def test_an_exit_the_bundle_does_not_have_is_refused() -> None:
+    asked = request(ENGINE, 96, 5, 0.0)
+    for exit_layer in (3, 6):
+        with pytest.raises(UsageError, match="--assistant-early-exit.*2, 4"):
+            EarlyExitDrafter(exit_layer).propose(asked)
+    headless = request(ToyEngine(draft_tokens=None), 96, 5, 0.0)
+    with pytest.raises(UsageError, match="--assistant-early-exit"):
+        EarlyExitDrafter(2).propose(headless)
+
+
+def test_closing_a_stage_closes_what_stands_before_it() -> None:
+    closed: list[str] = []
+
+    class Closing(RandomDrafter):
+        def close(self) -> None:
+            closed.append(self.name)
+
+    EarlyExitDrafter(4, EarlyExitDrafter(2, Closing(24))).close()
+    assert closed == ["random"]
+    twin = DRAFTERS["text → twin"](ENGINE, GrowthOptions())
+    twin.close()
+    assert twin._session._cache.closed  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("draft", "said"),
+    [(["a", "b"], "2 tokens.*target has 3"), (["a", "x", "c"], "token 1 is 'x', in target it is 'b'")],
+)
+def test_a_draft_model_with_another_vocabulary_is_refused_and_the_difference_named(
+    draft: Sequence[str], said: str
+) -> None:
+    with pytest.raises(VocabularyMismatchError, match=said):
+        check_vocabularies(["a", "b", "c"], draft, "target", "draft")
+    check_vocabularies(["a", "b"], ["a", "b"], "target", "draft")

@@ -1,0 +1,33 @@
+"""Prompt files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from skipstone.benchmark.prompts import DEFAULT_PROMPTS, read_prompts
+from skipstone.errors import UsageError
+
+
+def test_prompts_come_in_order_and_other_keys_are_ignored(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "é\\n", "source": "x"}\n\n{"prompt": "b"}\n', encoding="utf-8")
+    assert read_prompts(file) == ("é\n", "b")
+
+
+def test_line_separators_inside_a_prompt_do_not_split_it(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    text = "a\u2028b\x85c\x0bd"
+    file.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_prompts(file) == (text,)
+
+
+def test_a_line_that_does_not_fit_is_named_by_its_number(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    with pytest.raises(UsageError, match=r"p\.jsonl, line 2"):
+        read_prompts(file)
+
+
+def test_the_built_in_prompts_differ() -> None:
+    assert len(set(DEFAULT_PROMPTS)) == len(DEFAULT_PROMPTS) >= 4
