@@ -16,6 +16,7 @@ import numpy as np
 
 from skipstone.bundle import CostCurve
 from skipstone.runtimes.engines.base import Engine
+from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.session import Session
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
@@ -33,7 +34,9 @@ def measure(engine: Engine, widths: Sequence[int] = WIDTHS, *, budget_seconds: f
     """
     prefix = min(_PREFIX, engine.max_context_length // 2)
     with Session(engine, min(engine.max_context_length, prefix + max(widths) + 1)) as session:
-        fitting = [width for width in widths if width <= min(session.max_width, session.context_length - prefix)]
+        fitting = [
+            width for width in widths if width <= min(session.max_width, session.context_length - prefix)
+        ]
         session.prefill([index % engine.vocab_size for index in range(prefix)])
         began = time.perf_counter()
         _sweep(session, fitting)
@@ -57,9 +60,22 @@ def _sweep(session: Session, widths: Sequence[int]) -> list[list[float]]:
 
 
 def _at_width(session: Session, width: int) -> list[float]:
-    """Seconds of every segment and of the draft head (0 without one) for a chain of `width` rows."""
+    """Seconds of every segment and of the draft head (0 without one) for `width` rows, clean-up included.
+
+    Single rows follow each other in plain decoding, so engines that reuse their graph get to do so here too; wider
+    batches change their width from round to round and hang in a tree.
+    """
+    if width == 1:
+        _once(session, 1)
+    return _once(session, width)
+
+
+def _once(session: Session, width: int) -> list[float]:
     vocab = session.engine.vocab_size
-    rows = session.push([(7 * index + 3) % vocab for index in range(width)])
+    parents = [ROOT if row == 0 else (row - 2 if row % 3 == 0 else row - 1) for row in range(width)]
+    rows: list[int] = []
+    for index, parent in enumerate(parents):
+        rows += session.push([(7 * index + 3) % vocab], [ROOT if parent == ROOT else rows[parent]])
     seconds, head = [], 0.0
     for exit_layer in session.exits[:-1]:
         began = time.perf_counter()
@@ -71,6 +87,6 @@ def _at_width(session: Session, width: int) -> list[float]:
             head = time.perf_counter() - began
     began = time.perf_counter()
     session.advance(rows, session.exits[-1])
-    seconds.append(time.perf_counter() - began)
     session.discard()
+    seconds.append(time.perf_counter() - began)
     return [*seconds, head]

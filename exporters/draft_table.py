@@ -6,11 +6,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstone.exporters.draft_vocabulary import FREQUENCIES_FILE
 from skipstone.runtimes.drafters.table import ORDERS, NGramTable
 
+DRAFT_TABLE_FILE = "draft-table.npz"
 SUCCESSORS = 3
 _LEAST_FREQUENCY = 0.1
 _SCALE = 255
@@ -83,3 +88,13 @@ def _best_successors(
     frequencies[owner[top], rank[top]] = np.round(share * _SCALE)
     useful = frequencies[:, 0] >= _LEAST_FREQUENCY * _SCALE
     return contexts[useful], tokens[useful], frequencies[useful]
+
+
+def write_draft_material(
+    tokens: NDArray[np.integer], vocab_size: int, document_end: int | None, folder: Path
+) -> None:
+    """Record with a checkpoint what exports draft from: the training text's token counts and n-gram table."""
+    counts = np.bincount(np.asarray(tokens, np.int64), minlength=vocab_size)
+    (folder / FREQUENCIES_FILE).write_text(json.dumps(counts.tolist()) + "\n", encoding="utf-8")
+    table = count_table(tokens, vocab_size, document_end=document_end)
+    table.save(folder / DRAFT_TABLE_FILE)

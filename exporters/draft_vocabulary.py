@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from skipstone.errors import CheckpointError, UsageError
 
@@ -56,9 +55,9 @@ def choose_tokens(
     return np.sort(np.array(chosen, dtype=np.int32))
 
 
-def count_tokens(text: str, tokenizer: Tokenizer) -> Counter[int]:
-    """How often every token occurs in a text."""
-    return Counter(tokenizer.encode(text, add_special_tokens=False).ids)
+def count_tokens(tokens: Iterable[int]) -> Counter[int]:
+    """How often every token occurs in a text, given as token ids."""
+    return Counter(tokens)
 
 
 def read_frequencies(file: Path) -> dict[int, int]:
@@ -74,5 +73,5 @@ def read_frequencies(file: Path) -> dict[int, int]:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file}: a JSON list of counts or an object from token id to count was expected: {error}",
-            hint="remove the file or pass --draft-vocab-text",
+            hint="remove the file or pass --draft-text",
         ) from error

@@ -52,7 +52,7 @@ def export_checkpoint(
     quantize: str | None = None,
     exits: Sequence[int] | None = None,
     draft_vocab_size: int | None = None,
-    draft_vocab_text: str | os.PathLike[str] | None = None,
+    draft_text: str | os.PathLike[str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -68,7 +68,8 @@ def export_checkpoint(
         exits: layer counts to cut at; None: those recorded with the checkpoint, or a default by depth; (): no
             cuts.
         draft_vocab_size: rows of the draft head; None: a quarter of the vocabulary; 0: all of it.
-        draft_vocab_text: text in which tokens are counted, to choose the draft head's rows.
+        draft_text: text in which tokens are counted to choose the draft head's rows, and n-grams for the draft
+            table; None: what was recorded with the checkpoint, if anything.
         imatrix: calibration text for an importance matrix.
         overwrite: replace a bundle that stands at `output`.
         progress: told of every step as it begins.
@@ -88,7 +89,7 @@ def export_checkpoint(
         quantize=quantize,
         exits=None if exits is None else tuple(exits),
         draft_vocab_size=draft_vocab_size,
-        draft_vocab_text=None if draft_vocab_text is None else Path(draft_vocab_text),
+        draft_text=None if draft_text is None else Path(draft_text),
         imatrix=None if imatrix is None else Path(imatrix),
         threads=_num_threads(),
     )
@@ -140,6 +141,7 @@ def _manifest(source: str, device: str, format_name: str, artefacts: Artefacts, 
         segments=artefacts.segments,
         embedding=artefacts.embedding,
         draft_head=artefacts.draft_head,
+        draft_table=artefacts.draft_table,
         quantization=artefacts.quantization,
         parity=_UNTESTED,
         files=tuple(describe_file(folder, name) for name in artefacts.files),

@@ -26,13 +26,15 @@ class CostModel:
         grid = np.arange(self.widest + 1)
         self._segments = np.stack([np.interp(grid, curve.widths, seconds) for seconds in curve.segments])
         self._segments[:, 0] = 0.0
-        self._head = np.interp(grid, curve.widths, curve.draft_head) if curve.draft_head else np.zeros(len(grid))
+        self._head = (
+            np.interp(grid, curve.widths, curve.draft_head) if curve.draft_head else np.zeros(len(grid))
+        )
         self._head[0] = 0.0
         self._index = {0: 0} | {exit_layer: index + 1 for index, exit_layer in enumerate(exits)}
         self.last_exit = exits[-1]
 
     def run(self, start: int, stop: int, width: int) -> float:
-        """Seconds for `width` rows from layer `start` to layer `stop` (both exits, or 0); beyond the grid it grows linearly."""
+        """Seconds for `width` rows from layer `start` to layer `stop` (exits, or 0); past the grid it grows linearly."""
         rows = self._segments[self._index[start] : self._index[stop], min(width, self.widest)]
         return float(rows.sum()) * max(1.0, width / self.widest)
 
@@ -47,7 +49,13 @@ class CostModel:
         return self.run(0, self.last_exit, 1)
 
     def best_count(
-        self, scores: Sequence[float], spent: float, *, start: int = 0, limit: int, behind: Sequence[bool] = ()
+        self,
+        scores: Sequence[float],
+        spent: float,
+        *,
+        start: int = 0,
+        limit: int,
+        behind: Sequence[bool] = (),
     ) -> tuple[int, float]:
         """How many drafts to verify, and the expected tokens per second then.
 

@@ -10,7 +10,7 @@ losslessly (`skipstone.runtimes.verify`) and commits it. Without a drafter a rou
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -122,7 +122,7 @@ def generate(
     sampler: Sampler,
     limits: GenerationLimits,
     costs: CostModel,
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Generate after a prompt; the session's earlier content is the context before it.
 
     Args:

@@ -49,7 +49,9 @@ class SamplingConfig:
         Raises:
             UsageError: naming the flag, the value and the range.
         """
-        _expect(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "≥ 0")
+        _expect(
+            self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "≥ 0"
+        )
         _expect(self.top_k >= 0, "top-k", self.top_k, "≥ 0 (0 keeps all)")
         _expect(0 < self.top_p <= 1, "top-p", self.top_p, "in (0, 1]")
         _expect(0 <= self.min_p < 1, "min-p", self.min_p, "in [0, 1)")
@@ -101,7 +103,9 @@ class Sampler:
         """Index drawn from a distribution."""
         return draw(probabilities, self.rng)
 
-    def _penalised(self, logits: FloatArray, history: Sequence[int], ids: NDArray[np.int32] | None) -> FloatArray:
+    def _penalised(
+        self, logits: FloatArray, history: Sequence[int], ids: NDArray[np.int32] | None
+    ) -> FloatArray:
         if not self.uses_history or not history:
             return logits
         seen = np.unique(np.asarray(history, np.int64))
@@ -138,6 +142,17 @@ def softmax(logits: FloatArray, temperature: float = 1.0) -> Probabilities:
     np.exp(x, out=x)
     x /= x.sum()
     return x
+
+
+def likeliest(logits: FloatArray, count: int) -> list[int]:
+    """Indices of the largest logits, best first; for a few of them repeated argmax beats any partial sort."""
+    best = [int(logits.argmax())]
+    if count > 1:
+        rest = logits.copy()
+        for _ in range(count - 1):
+            rest[best[-1]] = -np.inf
+            best.append(int(rest.argmax()))
+    return best
 
 
 def draw(probabilities: Probabilities, rng: np.random.Generator) -> int:

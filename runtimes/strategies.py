@@ -66,7 +66,10 @@ class Materials:
 
     def text_source(self) -> Drafter:
         """The cheapest stage: everything that drafts from text alone, merged."""
-        parts = [text_drafter("prompt-lookup", self.engine.vocab_size), text_drafter("recycling", self.engine.vocab_size)]
+        parts = [
+            text_drafter("prompt-lookup", self.engine.vocab_size),
+            text_drafter("recycling", self.engine.vocab_size),
+        ]
         if self.table is not None:
             parts.append(TableDrafter(self.table))
         return MixedDrafter(parts)
@@ -134,9 +137,13 @@ def chosen_exit(materials: Materials) -> int:
     """
     inner, wish = materials.engine.exits[:-1], materials.options.assistant_early_exit
     if not inner or materials.engine.draft_vocabulary is None:
-        raise UsageError("this bundle has no early exits", hint="export it with --exits, or use --strategy prompt-lookup")
+        raise UsageError(
+            "this bundle has no early exits", hint="export it with --exits, or use --strategy prompt-lookup"
+        )
     if wish is not None and wish not in inner:
-        raise UsageError(f"--assistant-early-exit {wish}: this bundle's exits are {', '.join(map(str, inner))}")
+        raise UsageError(
+            f"--assistant-early-exit {wish}: this bundle's exits are {', '.join(map(str, inner))}"
+        )
     return inner[0] if wish is None else wish
 
 

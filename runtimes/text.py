@@ -94,7 +94,9 @@ class StopFinder:
         if found:
             self._held = ""
             return text[: min(found)], True
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        keep = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+        )
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 

@@ -50,7 +50,9 @@ class TokenTree:
         self.scores.append(score)
         return len(self.tokens) - 1
 
-    def add_chain(self, tokens: Sequence[int], parent: int = ROOT, score: float = 1.0, decay: float = 1.0) -> int:
+    def add_chain(
+        self, tokens: Sequence[int], parent: int = ROOT, score: float = 1.0, decay: float = 1.0
+    ) -> int:
         """Append a chain whose scores fall by `decay` per step; returns the last node's id."""
         for token in tokens:
             score *= decay

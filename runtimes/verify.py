@@ -46,7 +46,10 @@ def accept_greedy(tree: TokenTree, best: Callable[[int], int]) -> Verdict:
         tree: the draft.
         best: from a node (or ROOT) to the target's best next token after it.
     """
-    index = {(parent, token): node for node, (parent, token) in enumerate(zip(tree.parents, tree.tokens, strict=True))}
+    index = {
+        (parent, token): node
+        for node, (parent, token) in enumerate(zip(tree.parents, tree.tokens, strict=True))
+    }
     accepted: list[int] = []
     node = ROOT
     while True:
@@ -104,14 +107,16 @@ def choose(
             residual[q.ids] = np.maximum(0.0, p[q.ids] - q_probs)
             q_probs = _without(q_probs, at)
         mass = residual.sum()
-        if accepted or mass <= 0.0:  # nothing is left over: p and q were equal, refusing was a matter of rounding
+        if (
+            accepted or mass <= 0.0
+        ):  # nothing is left over: p and q were equal, refusing was a matter of rounding
             return index, token
         p = residual / mass
     return None, draw(p, rng)
 
 
 def _without(q: Probabilities, index: int) -> Probabilities:
-    """q after its candidate was drawn and not put back."""
+    """Q after its candidate was drawn and not put back."""
     rest = q.copy()
     rest[index] = 0.0
     total = rest.sum()

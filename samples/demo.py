@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "coder-q8_0", help="bundle to make")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="another model to show")
     parser.add_argument("--prompts", type=int, default=6, help="prompts of the benchmark")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; one per core")
     options = parser.parse_args()
     bundle, checkpoint = options.output, options.checkpoint
     if is_current(bundle, [checkpoint, ROOT / "exporters"]):
@@ -46,9 +47,10 @@ def main() -> None:
     else:
         target = ("--device", "cpu", "--format", "gguf", "--quantize", "q8_0")
         skipstone("export", checkpoint, *target, "--output", bundle, "--overwrite")
-    skipstone("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", "96", "--show-drafts")
-    count = str(options.prompts)
-    skipstone("bench", bundle, "--prompts", PROMPTS, "--limit", count, "--max-new-tokens", "96")
+    threads = () if options.threads is None else ("--threads", str(options.threads))
+    skipstone("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", "96", "--show-drafts", *threads)
+    limits = ("--limit", str(options.prompts), "--max-new-tokens", "96")
+    skipstone("bench", bundle, "--prompts", PROMPTS, *limits, *threads)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from skipstone.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 _HASH_BLOCK = 1 << 20
 
@@ -248,12 +248,15 @@ def read_manifest(folder: Path) -> Manifest:
     source = folder / MANIFEST_NAME
     if not folder.is_dir() or not source.is_file():
         raise BundleError(
-            f"{folder}: not a bundle, {MANIFEST_NAME} not found", hint="make one with `skipstone export CHECKPOINT`"
+            f"{folder}: not a bundle, {MANIFEST_NAME} not found",
+            hint="make one with `skipstone export CHECKPOINT`",
         )
     try:
         raw = json.loads(source.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
-        raise BundleError(f"{source}: not readable as JSON: {error}", hint="export the bundle again") from error
+        raise BundleError(
+            f"{source}: not readable as JSON: {error}", hint="export the bundle again"
+        ) from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
@@ -298,7 +301,9 @@ def bundle_in_progress(output: Path, *, overwrite: bool = False) -> Iterator[Pat
     Raises:
         BundleError: `output` exists and is not an (overwritable) bundle, or the disk refuses (no space, no permission).
     """
-    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST_NAME).is_file())):
+    if output.exists() and not (
+        output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST_NAME).is_file())
+    ):
         raise BundleError(f"{output}: exists and is not a bundle", hint="choose another --output folder")
     if (output / MANIFEST_NAME).is_file() and not overwrite:
         raise BundleError(f"{output}: already holds a bundle", hint="pass --overwrite to replace it")
@@ -306,14 +311,17 @@ def bundle_in_progress(output: Path, *, overwrite: bool = False) -> Iterator[Pat
         output.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
-        raise BundleError(f"{output}: cannot be written: {error}", hint="choose another --output folder") from error
+        raise BundleError(
+            f"{output}: cannot be written: {error}", hint="choose another --output folder"
+        ) from error
     try:
         yield draft
         draft.chmod(0o755)
         _swap(draft, output)
     except OSError as error:
         raise BundleError(
-            f"{output}: writing failed: {error}", hint="free space or choose another --output folder; nothing was kept"
+            f"{output}: writing failed: {error}",
+            hint="free space or choose another --output folder; nothing was kept",
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -343,7 +351,10 @@ def _check_file(folder: Path, entry: FileEntry, *, verify_hash: bool) -> None:
     size = target.stat().st_size
     if size != entry.size:
         raise BundleError(
-            f"{target}: {size} bytes, the manifest says {entry.size}", hint="the file is truncated; copy it again"
+            f"{target}: {size} bytes, the manifest says {entry.size}",
+            hint="the file is truncated; copy it again",
         )
     if verify_hash and hash_file(target) != entry.sha256:
-        raise BundleError(f"{target}: its sha256 differs from the manifest's", hint="the file was altered; export again")
+        raise BundleError(
+            f"{target}: its sha256 differs from the manifest's", hint="the file was altered; export again"
+        )

@@ -115,11 +115,15 @@ class Model:
         context_length: positions to hold; None: the model's own, at most 2,048.
     """
 
-    def __init__(self, bundle: Bundle, options: EngineOptions | None = None, context_length: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, options: EngineOptions | None = None, context_length: int | None = None
+    ) -> None:
         self.bundle = bundle
         facts = bundle.manifest.model
         self.codec = TextCodec(
-            bundle.file(bundle.manifest.tokenizer), facts.vocab_size, facts.bos_token_id if facts.add_bos else None
+            bundle.file(bundle.manifest.tokenizer),
+            facts.vocab_size,
+            facts.bos_token_id if facts.add_bos else None,
         )
         self._table = _draft_table(bundle)
         self.engine = open_engine(bundle, options)
@@ -227,7 +231,9 @@ class Model:
         if tail:
             yield Chunk(tail, (), 0, "")
 
-    def policy(self, strategy: str, options: StrategyOptions | None = None, assistant_model: str | None = None) -> Policy:
+    def policy(
+        self, strategy: str, options: StrategyOptions | None = None, assistant_model: str | None = None
+    ) -> Policy:
         """The policy of a strategy; made once, so that what it learned serves the next generation too."""
         key = (strategy, options or StrategyOptions(), assistant_model)
         if key not in self._policies:
@@ -263,7 +269,9 @@ class Model:
         bundle = open_bundle(path)
         facts = bundle.manifest.model
         codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size)
-        check_vocabularies(self.codec.vocabulary(), codec.vocabulary(), str(self.bundle.path), str(bundle.path))
+        check_vocabularies(
+            self.codec.vocabulary(), codec.vocabulary(), str(self.bundle.path), str(bundle.path)
+        )
         engine = open_engine(bundle, EngineOptions(threads=getattr(self.engine, "threads", None)))
         session = Session(engine, min(facts.context_length, self.session.context_length))
         costs = CostModel(measure(engine, budget_seconds=_COST_BUDGET_SECONDS), engine.exits)
@@ -293,7 +301,9 @@ def _draft_table(bundle: Bundle) -> NGramTable | None:
 class _Collector:
     """Turns steps into chunks and, at the end, the result."""
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str], strategy: str, prompt_tokens: int, began: float) -> None:
+    def __init__(
+        self, codec: TextCodec, stop: Sequence[str], strategy: str, prompt_tokens: int, began: float
+    ) -> None:
         self._codec, self._stream, self._stops = codec, codec.stream(), StopFinder(stop)
         self._strategy, self._prompt_tokens, self._began = strategy, prompt_tokens, began
         self._text: list[str] = []

@@ -35,7 +35,7 @@ class ExportOptions:
         quantize: scheme; None: q8_0 for a checkpoint, what a .gguf has.
         exits: layer counts to cut at; empty: no cuts.
         draft_vocab_size: rows of the draft head; 0: the whole vocabulary.
-        draft_vocab_text: text to count tokens in.
+        draft_text: text to count tokens and n-grams in.
         imatrix: calibration text for the importance matrix.
         threads: CPU threads.
     """
@@ -43,7 +43,7 @@ class ExportOptions:
     quantize: str | None = None
     exits: tuple[int, ...] | None = None
     draft_vocab_size: int | None = None
-    draft_vocab_text: Path | None = None
+    draft_text: Path | None = None
     imatrix: Path | None = None
     threads: int = 2
 
@@ -68,6 +68,7 @@ class Artefacts:
     segments: tuple[SegmentEntry, ...]
     embedding: EmbeddingEntry
     draft_head: DraftHeadEntry | None
+    draft_table: str | None
     quantization: Quantization
     files: tuple[str, ...]
     whole: Path

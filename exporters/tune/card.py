@@ -86,11 +86,11 @@ def _exits(facts: RunFacts, report: ExitReport) -> str:
     return f"""## Exits on held-out text
 
 {report.tokens:,} tokens of files that were not trained on. Agreement: how often an exit's most likely token
-is the last layer's. Exits with a star had a loss of their own. The same figures are in `exits.json`.
+is the last layer's. Exits with a star had a loss of their own. The same figures are in `exit_report.json`.
 
 {_table(("exit", "loss (nats/token)", "agreement", "next-token accuracy"), rows)}
 
-![loss and agreement by exit](exits.png)"""
+![loss and agreement by exit](exit_report.png)"""
 
 
 def _making(facts: RunFacts, recipe: Recipe) -> str:

@@ -3,7 +3,7 @@
     >>> tune(TuneOptions(checkpoint="coder", data=(Path("src"),), output=Path("tuned"), max_steps=200))
 
 A run keeps its corpus and checkpoints in `<output>.tune/`, which `resume` takes up again. The output folder
-appears only when the run is complete: weights, tokenizer, exits.json, exits.png and README.md.
+appears only when the run is complete: weights, tokenizer, exit_report.json, exit_report.png and README.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from skipstone.errors import SkipstoneError, UsageError
 from skipstone.exporters.checkpoint import quiet_loading
+from skipstone.exporters.draft_table import write_draft_material
 from skipstone.exporters.tune import attention, data
 from skipstone.exporters.tune.card import RunFacts, model_card
 from skipstone.exporters.tune.evaluate import ExitReport, evaluate_exits, plot_exits
@@ -310,8 +311,9 @@ def _finish(options: TuneOptions, ready: _Ready, trainer: LayerSkipTrainer, repo
     try:
         with quiet_loading():
             save_checkpoint(decoder, ready.tokenizer, new)
-        report.save(new / "exits.json")
-        plot_exits(report, new / "exits.png")
+        write_draft_material(ready.corpus.train, decoder.config.vocab_size, decoder.config.eos_token_id, new)
+        report.save(new / "exit_report.json")
+        plot_exits(report, new / "exit_report.png")
         card = model_card(facts, ready.recipe, ready.corpus.shares, report)
         (new / "README.md").write_text(card, encoding="utf-8")
         if options.output.exists():

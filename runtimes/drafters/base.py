@@ -29,6 +29,7 @@ class DraftRequest:
         sampler: how tokens are chosen; drafts are drawn the same way.
         limit: most nodes worth proposing.
         costs: the target's cost model.
+        reserved: rows of the session that the stages after this one need for themselves.
     """
 
     context: Sequence[int]
@@ -36,6 +37,7 @@ class DraftRequest:
     sampler: Sampler
     limit: int
     costs: CostModel
+    reserved: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,9 @@ class DraftModelDrafter:
             return TokenTree()
         self._follow(request.context[:-1])
         (root,) = session.push(request.context[-1:])
-        return self._grower.grow(DraftingModel(session, last, self._ids, self._costs, is_target=False), root, request)
+        return self._grower.grow(
+            DraftingModel(session, last, self._ids, self._costs, is_target=False), root, request
+        )
 
     def observe(self, observation: Observation) -> None:
         self._grower.learn(observation)
@@ -83,12 +85,16 @@ class DraftModelDrafter:
             session.discard()
 
 
-def check_vocabularies(target: Sequence[str], draft: Sequence[str], target_name: str, draft_name: str) -> None:
+def check_vocabularies(
+    target: Sequence[str], draft: Sequence[str], target_name: str, draft_name: str
+) -> None:
     """Refuse a draft model whose token ids mean other tokens.
 
     Args:
-        target, draft: the vocabularies as lists, token text by id.
-        target_name, draft_name: for the message.
+        target: the target's vocabulary, token text by id.
+        draft: the draft model's.
+        target_name: for the message.
+        draft_name: likewise.
 
     Raises:
         VocabularyMismatchError: naming the sizes or the first token that differs.

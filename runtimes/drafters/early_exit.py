@@ -25,7 +25,9 @@ class EarlyExitDrafter:
         options: shape of the tree; `GrowthOptions(branching=1)` is the plain chain of the paper.
     """
 
-    def __init__(self, exit: int, source: Drafter | None = None, options: GrowthOptions | None = None) -> None:
+    def __init__(
+        self, exit: int, source: Drafter | None = None, options: GrowthOptions | None = None
+    ) -> None:
         self.exit, self._source = exit, source
         self._grower = Grower(source, options or GrowthOptions())
         self.name = f"{source.name} → exit {exit}" if source else f"exit {exit}"
@@ -41,7 +43,9 @@ class EarlyExitDrafter:
             inner = ", ".join(map(str, session.exits[:-1])) or "none"
             raise UsageError(f"--assistant-early-exit {self.exit}: this bundle's inner exits are: {inner}")
         root = session.push(request.context[session.length :])[-1]
-        return self._grower.grow(DraftingModel(session, self.exit, ids, request.costs, is_target=True), root, request)
+        return self._grower.grow(
+            DraftingModel(session, self.exit, ids, request.costs, is_target=True), root, request
+        )
 
     def observe(self, observation: Observation) -> None:
         self._grower.learn(observation)

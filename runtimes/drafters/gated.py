@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from skipstone.runtimes.drafters.base import Drafter, DraftRequest, Observation
 from skipstone.runtimes.tree import TokenTree
 
+_MEMORY = 0.15  # weight of the newest round
+_WORTH = 1.02  # a draft must promise at least this gain over plain decoding
+
 
 class GatedDrafter:
     """See `skipstone.runtimes.drafters.base.Drafter`.
@@ -18,6 +21,7 @@ class GatedDrafter:
     def __init__(self, source: Drafter) -> None:
         self._source = source
         self.name = source.name
+        self._overhead = 0.0
 
     def reset(self, prompt: Sequence[int]) -> None:
         self._source.reset(prompt)
@@ -25,7 +29,18 @@ class GatedDrafter:
     def propose(self, request: DraftRequest) -> TokenTree:
         tree = self._source.propose(request)
         scores = sorted(tree.scores, reverse=True)
-        return tree.best(request.costs.best_count(scores, 0.0, limit=request.limit)[0])
+        count, rate = request.costs.best_count(scores, self._overhead, limit=request.limit)
+        return tree.best(count if rate * request.costs.plain > _WORTH else 0)
+
+    def clocked(self, predicted: float, seconds: float) -> None:
+        """Learn what a round with drafts costs beyond the cost model: drafting, bookkeeping, learning.
+
+        Args:
+            predicted: seconds the cost model gave for its verification.
+            seconds: what the round took.
+        """
+        extra = min(max(0.0, seconds - predicted), predicted)
+        self._overhead += _MEMORY * (extra - self._overhead)
 
     def observe(self, observation: Observation) -> None:
         self._source.observe(observation)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.growth import Growth
 from skipstone.runtimes.rows import ROOT
-from skipstone.runtimes.sampling import softmax
+from skipstone.runtimes.sampling import likeliest, softmax
 from skipstone.runtimes.tree import TokenTree
 
 _LEARNING = 0.02
@@ -21,8 +21,9 @@ _SURE = 0.995  # no estimate is trusted beyond
 class Trust:
     """How far a stage's opinion moves the estimate of the stage before, learned from verification.
 
-    For a child the stage before gives probability s and this model p, the estimate is σ(bias + logit s + weight·logit p):
-    logistic pooling of two experts. Children it did not propose share the mass left over, in proportion to p.
+    For a child the stage before gives probability s and this model p, the estimate is
+    σ(bias + logit s + weight·logit p): logistic pooling of two experts. Children it did not propose share the mass
+    left over, in proportion to p.
     """
 
     def __init__(self) -> None:
@@ -114,7 +115,7 @@ class GreedyGrowth:
         for child in children.values():
             self._shares[child] *= min(1.0, _SURE / total)
         left = max(0.0, 1.0 - total)
-        for at in _likeliest(logits, growth.options.branching):
+        for at in likeliest(logits, growth.options.branching):
             token, model = int(ids[at]), float(p[at])
             if token not in children and model >= growth.options.confidence:
                 record.append((token, 0.0, model, left))
@@ -162,15 +163,6 @@ class GreedyGrowth:
         for depth, token in enumerate(fresh):
             for child, before, model, left in self.records.get(tuple(fresh[:depth]), ()):
                 self._trust.learn(before, model, left, child == token)
-
-
-def _likeliest(logits: NDArray[np.float32], count: int) -> list[int]:
-    count = min(count, len(logits))
-    if count == 1:
-        return [int(logits.argmax())]
-    top = np.argpartition(logits, -count)[-count:]
-    best: list[int] = top[np.argsort(-logits[top], kind="stable")].tolist()
-    return best
 
 
 def _probability(p: NDArray[np.float64], ids: NDArray[np.int32], token: int) -> float:

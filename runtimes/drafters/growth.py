@@ -24,8 +24,9 @@ from skipstone.runtimes.session import Session
 from skipstone.runtimes.tree import TokenTree
 
 WAVES = (1, 2, 4, 8)
-_COVERAGE = 0.8  # share of the mass that a leaf's kept children hold
-_WORTH = 1.02  # another pass must promise at least this gain
+_YIELD = (
+    1.4  # accepted tokens to hope for below a leaf that is reached: its child, and what may grow below that
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GrowthOptions:
         confidence: stop a path when the drafting model's probability falls under this (double early exit).
     """
 
-    branching: int = 4
+    branching: int = 2
     guesses: int = 15
     passes: int = 12
     floor: float = 0.02
@@ -78,7 +79,9 @@ class Growth:
         options: shape.
     """
 
-    def __init__(self, model: DraftingModel, root: int, request: DraftRequest, options: GrowthOptions) -> None:
+    def __init__(
+        self, model: DraftingModel, root: int, request: DraftRequest, options: GrowthOptions
+    ) -> None:
         self.model, self.request, self.options = model, request, options
         self.tree = TokenTree()
         self.passes, self.spent = 0, 0.0
@@ -121,9 +124,11 @@ class Growth:
 
     @property
     def rows_left(self) -> int:
-        """Rows that may still be pushed while verification keeps room for its own; every row might be a leaf."""
-        session = self.model.session
-        return min(session.room - 1, session.max_branches - session.pending) - self.request.limit
+        """Rows that may still be pushed while later stages keep room for theirs; every row might be a leaf."""
+        session, request = self.model.session, self.request
+        return (
+            min(session.room - 1, session.max_branches - session.pending) - request.limit - request.reserved
+        )
 
     def next_wave(self, leaves: dict[int, float], examined: set[int], fits: int) -> list[int]:
         """The leaves worth running next, or none when another pass would not pay.
@@ -135,24 +140,30 @@ class Growth:
         """
         if self.passes >= self.options.passes or not leaves:
             return []
-        costs, limit = self.request.costs, self.request.limit
+        limit = self.request.limit
         order = sorted(leaves.items(), key=lambda leaf: -leaf[1])
-        rated = sorted(((score, node not in examined) for node, score in enumerate(self.tree.scores)), reverse=True)
+        rated = sorted(
+            ((score, node not in examined) for node, score in enumerate(self.tree.scores)), reverse=True
+        )
         rate = self._promise(rated, self.spent)
         best: list[int] = []
         for size in WAVES:
             if size > min(len(order), fits):
                 break
             then = self.spent + self.model.costs.draft(0, self.model.exit, size)
-            fresh = [(score * _COVERAGE, True) for _, score in order[:size]]
+            fresh = [(score * _YIELD, True) for _, score in order[:size]]
             promise = self._promise(sorted(rated + fresh, reverse=True)[:limit], then)
-            if promise > rate * (1.0 if best else _WORTH):
+            if promise > rate:
                 best, rate = [node for node, _ in order[:size]], promise
-        return best if costs else []
+        return best
 
     def _promise(self, rated: Sequence[tuple[float, bool]], spent: float) -> float:
         """Expected tokens per second of verifying the best of the given (score, not yet run) nodes."""
         scores, behind = [score for score, _ in rated], [waiting for _, waiting in rated]
         return self.request.costs.best_count(
-            scores, spent, start=self.start, limit=self.request.limit, behind=behind if self.model.is_target else ()
+            scores,
+            spent,
+            start=self.start,
+            limit=self.request.limit,
+            behind=behind if self.model.is_target else (),
         )[1]

@@ -1,8 +1,8 @@
 """A trigram model with Katz back-off, counted from the context and everything generated.
 
-P(w | u v) = (c(u v w) − d) / c(u v) where the trigram was seen, else α(u v) · P(w | v), and so on down to single tokens;
-the mass freed by the discount d goes to the unseen (Katz 1987, with absolute discounting). The draft is the tree of the
-most probable paths, grown best first.
+P(w | u v) = (c(u v w) − d) / c(u v) where the trigram was seen, else α(u v) · P(w | v), and so on down to single
+tokens; the mass freed by the discount d goes to the unseen (Katz 1987, with absolute discounting). The draft is the
+tree of the most probable paths, grown best first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from skipstone.runtimes.tree import TokenTree
 
 _DISCOUNT = 0.5
 _BRANCHES = 4
-_FLOOR = 0.02
+_FLOOR = 0.05
 
 
 class KatzDrafter:

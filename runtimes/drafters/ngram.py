@@ -48,7 +48,9 @@ class NGramDrafter:
                 if place < len(text) and text[place] not in seen and len(tree) < request.limit:
                     seen.add(text[place])
                     self._proposed.append((n, text[place]))
-                    self._branch(tree, n, text[place : place + self._length], self._trust[n] / len(seen), request.limit)
+                    self._branch(
+                        tree, n, text[place : place + self._length], self._trust[n] / len(seen), request.limit
+                    )
             if seen:
                 break
         return tree

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
 from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.sampling import likeliest
 from skipstone.runtimes.tree import TokenTree
 
-_PRIOR = (0.42, 0.13, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02)
+_PRIOR = (0.42, 0.13, 0.07, 0.05)
 _LEARNING = 0.03
-_FLOOR = 0.02
+_FLOOR = 0.05
 _UNSEEN = -1
 
 
@@ -28,19 +30,19 @@ class RecyclingDrafter:
 
     Args:
         vocab_size: rows of the matrix.
-        successors: columns of the matrix, at most 8.
+        successors: columns of the matrix, at most 4.
     """
 
     name = "recycling"
 
-    def __init__(self, vocab_size: int, successors: int = 6) -> None:
+    def __init__(self, vocab_size: int, successors: int = 4) -> None:
         self._successors = min(successors, vocab_size)
         self._matrix: NDArray[np.int32] = np.full((vocab_size, self._successors), _UNSEEN, np.int32)
         self._trust = list(_PRIOR[: self._successors])
 
     def reset(self, prompt: Sequence[int]) -> None:
         """Only the bigrams of the prompt itself are entered; the matrix stays."""
-        for token, following in zip(prompt, prompt[1:], strict=False):
+        for token, following in pairwise(prompt):
             if self._matrix[token, 0] == _UNSEEN:
                 self._matrix[token, 0] = following
 
@@ -66,17 +68,15 @@ class RecyclingDrafter:
 
     def observe(self, observation: Observation) -> None:
         self._learn_ranks(observation.context[-observation.fresh - 1 :])
-        k = self._successors
         for token, logits in zip(observation.tokens, observation.logits, strict=True):
-            best = np.argpartition(logits, -k)[-k:]
-            self._matrix[token] = best[np.argsort(-logits[best], kind="stable")]
+            self._matrix[token] = likeliest(logits, self._successors)
 
     def close(self) -> None:
         return None
 
     def _learn_ranks(self, text: Sequence[int]) -> None:
         """How often the i-th kept successor was the next token."""
-        for token, following in zip(text, text[1:], strict=False):
+        for token, following in pairwise(text):
             row = self._matrix[token].tolist()
             if row[0] == _UNSEEN:
                 continue

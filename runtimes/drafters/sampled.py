@@ -58,8 +58,10 @@ class SampledGrowth:
     def _guess(self, source: Drafter) -> TokenTree:
         growth = self._growth
         limit = min(growth.options.guesses, growth.rows_left)
-        ahead = source.propose(replace(growth.request, limit=limit)) if limit > 0 else _NOTHING
-        return ahead if len(ahead) <= growth.rows_left else _NOTHING  # the stage before took rows of its own
+        if limit < 1:
+            return _NOTHING
+        reserved = growth.request.reserved + growth.request.limit
+        return source.propose(replace(growth.request, limit=limit, reserved=reserved))
 
     def _push(self, ahead: TokenTree) -> list[int]:
         rows: list[int] = []
@@ -125,5 +127,9 @@ def _coupled(q: Sparse, sampler: Sampler, guesses: list[int], guessed_from: Spar
     same = guessed_from is not None and len(guessed_from.ids) == len(q.ids)
     if len(inside) < len(guesses) or (guessed_from is not None and not same):
         return draw(q.probs, sampler.rng)
-    source = Sparse(np.arange(len(q.ids), dtype=np.int32), guessed_from.probs) if guessed_from is not None else None
+    source = (
+        Sparse(np.arange(len(q.ids), dtype=np.int32), guessed_from.probs)
+        if guessed_from is not None
+        else None
+    )
     return choose(q.probs, inside, source, sampler.rng)[1]

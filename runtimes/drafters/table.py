@@ -1,4 +1,4 @@
-"""A table of the likeliest next tokens after one, two or three tokens, counted once from text and shipped in the bundle.
+"""A table of the likeliest tokens after one to three others, counted once from text and shipped in the bundle.
 
 It is the back-off n-gram model that staged speculation puts in front of everything (arXiv 2308.04623, section 3.2:
 a Katz back-off trigram), cut down to the few ten thousand contexts that matter: the successors of the longest context
@@ -29,7 +29,7 @@ from skipstone.runtimes.tree import TokenTree
 
 TABLE_SUFFIX = ".npz"
 ORDERS = (1, 2, 3)
-_FLOOR = 0.02
+_FLOOR = 0.05
 _SURE = 0.98
 _LEARNING = 0.05
 _SCALE = 255
@@ -67,7 +67,9 @@ class NGramTable:
     ) -> None:
         self.vocab_size = vocab_size
         self._arrays = orders
-        self._orders = {n: _Order(memoryview(keys), tokens, f) for n, (keys, tokens, f) in sorted(orders.items())}
+        self._orders = {
+            n: _Order(memoryview(keys.data), tokens, f) for n, (keys, tokens, f) in sorted(orders.items())
+        }
 
     def __len__(self) -> int:
         return sum(len(order.keys) for order in self._orders.values())
@@ -105,9 +107,15 @@ class NGramTable:
                 present = [n for n in ORDERS if f"keys{n}" in data.files]
                 orders = {n: (data[f"keys{n}"], data[f"tokens{n}"], data[f"frequencies{n}"]) for n in present}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise BundleError(f"{path}: not a draft table: {error}", hint="export the bundle again") from error
+            raise BundleError(
+                f"{path}: not a draft table: {error}", hint="export the bundle again"
+            ) from error
         for length, (keys, tokens, frequencies) in orders.items():
-            shapes_fit = keys.ndim == 1 and tokens.ndim == 2 and tokens.shape == frequencies.shape == (len(keys), tokens.shape[1])
+            shapes_fit = (
+                keys.ndim == 1
+                and tokens.ndim == 2
+                and tokens.shape == frequencies.shape == (len(keys), tokens.shape[1])
+            )
             types_fit = (keys.dtype, tokens.dtype, frequencies.dtype) == (np.int64, np.uint32, np.uint8)
             if not (shapes_fit and types_fit and (tokens.size == 0 or int(tokens.max()) < vocab_size)):
                 raise BundleError(f"{path}: order {length} is malformed", hint="export the bundle again")

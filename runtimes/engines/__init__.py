@@ -42,5 +42,8 @@ def open_engine(bundle: Bundle, options: EngineOptions | None = None) -> Engine:
     """
     make = ENGINES.get(bundle.manifest.format)
     if make is None:
-        raise EngineError(f"{bundle.path}: no engine runs format {bundle.manifest.format}", hint=f"known: {', '.join(ENGINES)}")
+        raise EngineError(
+            f"{bundle.path}: no engine runs format {bundle.manifest.format}",
+            hint=f"known: {', '.join(ENGINES)}",
+        )
     return make(bundle, options or EngineOptions())

@@ -38,7 +38,9 @@ class Cache(Protocol):
     def embed(self, tokens: Sequence[int]) -> FloatArray:
         """Hidden states that enter segment 0, [n, hidden_size]."""
 
-    def run(self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]) -> FloatArray:
+    def run(
+        self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]
+    ) -> FloatArray:
         """Run rows through one segment and keep their K/V.
 
         Args:

@@ -83,7 +83,9 @@ class AutoPolicy:
     def __init__(self, engine: Engine, costs: CostModel, text: Drafter) -> None:
         self._text = text
         self._plain = Arm(None, 1.0, costs.plain)
-        self._lookup = Arm(GatedDrafter(text), _HOPE, costs.plain)
+        self._gate = GatedDrafter(text)
+        self._lookup = Arm(self._gate, _HOPE, costs.plain)
+        self._costs = costs
         self._staged: list[Arm] = []
         if engine.draft_vocabulary is not None:
             self._staged = [Arm(EarlyExitDrafter(e, text), 1.0, costs.plain) for e in engine.exits[:-1]]
@@ -113,7 +115,11 @@ class AutoPolicy:
         arm.update(fresh, outcome.seconds)
         if arm is self._plain:
             return
-        if arm is not self._lookup:
+        if arm is self._lookup and outcome.drafted:
+            self._gate.clocked(
+                self._costs.run(0, self._costs.last_exit, outcome.drafted + 1), outcome.seconds
+            )
+        elif arm is not self._lookup:
             reference = max(self._plain.rate, self._lookup.rate if self._lookup.rounds else 0.0)
             self._lost = max(0.0, self._lost + outcome.seconds - fresh / reference)
         if arm.rate < self._plain.rate:

@@ -154,7 +154,8 @@ class CreateCompletion:
             stopping_criteria=self._module.StoppingCriteriaList([tick]),
         )
         ended = time.perf_counter()
-        return Sample((_UNKNOWN,) * len(times), times[0] - began, ended - times[0], len(times) - 1)
+        count = len(times) - 1  # it asks once more when all is over
+        return Sample((_UNKNOWN,) * count, times[0] - began, ended - times[0], count - 1)
 
     def close(self) -> None:
         """Free everything. Idempotent."""

@@ -29,8 +29,9 @@ def show(report: Report, console: Console) -> None:
 
 def _speeds(report: Report) -> Table:
     table = _table("Speed", "strategy")
-    for name in ("tokens/s", "speed-up", "least", "first ms", "peak MB", "GB/s", "same output"):
-        table.add_column(name, justify="right")
+    for name in ("tok/s", "speed-up", "least", "first ms", "peak MB", "GB/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("same output", justify="right")
     best = max((row.speedup or 0.0 for row in report.rows), default=0.0)
     for row in report.rows:
         table.add_row(
@@ -50,7 +51,7 @@ def _speeds(report: Report) -> Table:
 def _drafts(report: Report) -> Table:
     table = _table("Drafts", "strategy")
     for name in ("tokens/round", "drafts/round", "accepted", "bound", "reached"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         if row.bound is None:
             continue
@@ -79,7 +80,7 @@ def _costs(curve: CostCurve) -> Table:
 
 
 def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column(first, no_wrap=True)
     return table
 

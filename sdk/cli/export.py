@@ -36,8 +36,8 @@ def export(
     draft_vocab_size: Annotated[
         int | None, typer.Option(help="Rows of the draft head; 0: all.", show_default="a quarter")
     ] = None,
-    draft_vocab_text: Annotated[
-        Path | None, typer.Option(help="Text to count tokens in, for choosing the draft head's rows.")
+    draft_text: Annotated[
+        Path | None, typer.Option(help="Text like what will be generated, to count drafts from.")
     ] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Calibration text for an importance matrix.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --output.")] = False,
@@ -56,7 +56,7 @@ def export(
             quantize=quantize,
             exits=chosen,
             draft_vocab_size=draft_vocab_size,
-            draft_vocab_text=draft_vocab_text,
+            draft_text=draft_text,
             imatrix=imatrix,
             overwrite=overwrite,
             progress=report,

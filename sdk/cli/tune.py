@@ -48,7 +48,7 @@ def tune(
 ) -> None:
     """Train CHECKPOINT so that its early exits agree with its last layer, and evaluate every exit.
 
-    The output is an ordinary Hugging Face folder with exits.json, exits.png and a model card beside the
+    The output is an ordinary Hugging Face folder with exit_report.json, exit_report.png and a model card beside the
     weights. `accelerate launch` spreads the run over several devices unchanged.
     """
     from skipstone.errors import UsageError

@@ -56,7 +56,7 @@ def test_a_size_past_the_vocabulary_is_refused(size: int) -> None:
 
 def test_tokens_are_counted_as_the_tokenizer_cuts_them() -> None:
     tokenizer = make_tokenizer("gpt-2")
-    counts = count_tokens("the the the", tokenizer)
+    counts = count_tokens(tokenizer.encode("the the the").ids)
     assert counts == Counter({tokenizer.token_to_id("the"): 3, tokenizer.token_to_id("Ġ"): 2})
 
 

@@ -246,7 +246,7 @@ class TestRefusals:
             ({"format": "onyx"}, UsageError, r"--format onyx"),
             ({"device": "toaster"}, DeviceError, r"toaster"),
             ({"draft_vocab_size": 9999}, UsageError, r"--draft-vocab-size 9999"),
-            ({"draft_vocab_text": "missing.txt"}, UsageError, r"--draft-vocab-text missing\.txt"),
+            ({"draft_text": "missing.txt"}, UsageError, r"--draft-text missing\.txt"),
             ({"imatrix": "missing.txt", "quantize": "q4_0"}, UsageError, r"--imatrix missing\.txt"),
             ({"imatrix": "missing.txt", "quantize": "f16"}, UsageError, r"nothing is quantised"),
         ],

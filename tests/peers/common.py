@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -156,7 +157,10 @@ def _unknown(tokens: Sequence[int]) -> bool:
 
 
 def _show(rows: list[dict[str, object]]) -> None:
-    table = Table("row", "tokens/s", "over our plain", "over own plain", "least", "same as own plain")
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("row", no_wrap=True)
+    for name in ("tok/s", "× ours", "× its own", "least", "same"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             str(row["row"]),

@@ -58,7 +58,8 @@ class CompletionRunner:
             stopping_criteria=llama_cpp.StoppingCriteriaList([tick]),
         )
         ended = time.perf_counter()
-        return Sample((-1,) * len(times), times[0] - began, ended - times[0], max(1, len(times) - 1))
+        count = len(times) - 1  # it asks once more when all is over
+        return Sample((-1,) * count, times[0] - began, ended - times[0], max(1, count - 1))
 
 
 def write_gguf(settings: Settings, folder: Path) -> Path:

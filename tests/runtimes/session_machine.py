@@ -1,8 +1,8 @@
 """A state machine that drives a session at random and compares it with straight computation.
 
-`make_machine(engine, reference, ...)` gives a hypothesis state machine. The model it keeps is a tree of nodes, each
-with the number of segments it must have been run through; from it follow the logits every row must have, the number of
-rows every segment may have been given, and which calls must be refused.
+`make_machine(engine, reference, ...)` gives a hypothesis state machine. Its model is a tree of nodes, each
+with the number of segments it must have been run through; from it follow the logits every row must have,
+the number of rows every segment may have been given, and which calls must be refused.
 """
 
 from __future__ import annotations

@@ -67,13 +67,14 @@ def by_transformers(
 @given(
     config=configs(),
     seed=st.integers(0, 10_000),
+    shift=st.sampled_from([-8.0, 0.0, 8.0]),
     history=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
 )
 @settings(max_examples=60, deadline=None)
 def test_the_distribution_is_that_of_transformers(
-    config: SamplingConfig, seed: int, history: list[int]
+    config: SamplingConfig, seed: int, shift: float, history: list[int]
 ) -> None:
-    logits = (3.0 * np.random.default_rng(seed).standard_normal(VOCAB)).astype(np.float32)
+    logits = (3.0 * np.random.default_rng(seed).standard_normal(VOCAB) + shift).astype(np.float32)
     found = Sampler(config).distribution(logits, history)
     np.testing.assert_allclose(found, by_transformers(logits, history, config), atol=1e-6)
 

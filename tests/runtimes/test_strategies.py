@@ -63,12 +63,12 @@ def test_an_exit_that_is_not_an_inner_one_is_refused(wish: int) -> None:
 
 def test_a_bundle_without_exits_cannot_skip_layers_and_the_error_says_what_can_be_done() -> None:
     for engine in (ToyEngine(num_segments=1), ToyEngine(draft_tokens=None)):
-        with pytest.raises(UsageError, match="no early exits.*prompt-lookup"):
+        with pytest.raises(UsageError, match=r"no early exits.*prompt-lookup"):
             make_policy("staged", materials(engine))
 
 
 def test_an_unknown_strategy_is_refused_and_the_known_ones_listed() -> None:
-    with pytest.raises(UsageError, match="--strategy fast.*auto.*draft-model"):
+    with pytest.raises(UsageError, match=r"--strategy fast.*auto.*draft-model"):
         make_policy("fast", materials())
 
 

@@ -1,4 +1,4 @@
-"""Streaming text: pieces that join to the whole, no half characters, stop strings found wherever they fall."""
+"""Streaming text: pieces join to the whole, no half characters, stop strings found wherever they fall."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def test_a_prompt_begins_with_the_bos_token_where_the_model_wants_one(tmp_path: 
 
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BundleError, match="tokenizer.json"):
+    with pytest.raises(BundleError, match=r"tokenizer.json"):
         TextCodec(tmp_path / "tokenizer.json", VOCAB)
-    with pytest.raises(BundleError, match="missing.json"):
+    with pytest.raises(BundleError, match=r"missing.json"):
         TextCodec(tmp_path / "missing.json", VOCAB)
 
 

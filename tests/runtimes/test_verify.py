@@ -83,7 +83,7 @@ IDS = np.arange(V, dtype=np.int32)
 
 
 def draw_without_replacement(q: Sparse, count: int, rng: np.random.Generator) -> list[int]:
-    """Exponential race: token i arrives after Exp(q_i), the first ones are a draw in order without replacement."""
+    """Exponential race: token i arrives after Exp(q_i), the first ones are a draw without replacement."""
     count = min(count, int(np.count_nonzero(q.probs)))
     with np.errstate(divide="ignore"):
         arrival = rng.standard_exponential(len(q.ids)) / q.probs
@@ -189,7 +189,7 @@ def test_the_same_test_fails_where_q_is_not_renormalised_after_a_draw(
     assert goodness_of_fit(found, dict(enumerate(p))) < 1e-9
 
 
-# --- two tokens in a row, through trees -------------------------------------------------------------------------------
+# --- two tokens in a row, through trees ---
 
 FIRST = random_distribution(np.random.default_rng(3), 5)
 SECOND = np.stack([random_distribution(np.random.default_rng(10 + t), 5, zeros=1) for t in range(5)])

@@ -1,8 +1,8 @@
 """A small real transformer in numpy, as an engine: the independent oracle of the runtime's unit tests.
 
-Three segments of one layer each, one attention head, learned positions, ReLU feed-forward, a shared head. Rows are
-computed one by one in float64, so a row's numbers do not depend on the batch it rides in, and K/V are kept per row, not
-per sequence, so that nothing of llama.cpp's bookkeeping is repeated here.
+Three segments of one layer each, one attention head, learned positions, ReLU feed-forward, a shared head.
+Rows are computed one by one in float64, so a row's numbers do not depend on the batch it rides in, and K/V
+are kept for rows, not for sequences, so that nothing of llama.cpp's bookkeeping is repeated here.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class ToyEngine:
         return x / np.sqrt((x**2).mean() + 1e-6) @ self.head
 
     def reference(self, tokens: Sequence[int], exit: int | None = None) -> FloatArray:
-        """Logits after every token, straight through without any cache or rows; draft head rows at inner exits."""
+        """Logits after every token, without any cache or rows; draft head rows at inner exits."""
         stop = self.exits.index(self.exits[-1] if exit is None else exit) + 1
         states = [
             self.table[token].astype(np.float32) + self.places[place] for place, token in enumerate(tokens)
@@ -122,7 +122,7 @@ class ToyEngine:
 
 
 class ToyCache:
-    """See `skipstone.runtimes.engines.base.Cache`; also counts the rows every segment was given (`rows_run`)."""
+    """See `skipstone.runtimes.engines.base.Cache`; `rows_run` counts the rows every segment was given."""
 
     def __init__(self, engine: ToyEngine, tree: RowTree, context_length: int) -> None:
         self.engine, self.tree, self.context_length = engine, tree, context_length

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from skipstone.bundle import DraftHeadEntry, EmbeddingEntry, ModelFacts, Quantization, SegmentEntry, hash_file
 from skipstone.errors import CheckpointError, ExportError, UsageError
 from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
+from skipstone.exporters.draft_table import DRAFT_TABLE_FILE, count_table
 from skipstone.exporters.draft_vocabulary import (
     FREQUENCIES_FILE,
     choose_tokens,
@@ -37,6 +38,7 @@ from skipstone.exporters.formats.gguf.schemes import FLOATS, SCHEMES, Scheme, sc
 from skipstone.exporters.formats.gguf.whole import native_float_type, write_whole
 from skipstone.exporters.isolation import run_isolated
 from skipstone.exporters.probe import probe_tokens
+from skipstone.runtimes.drafters.table import NGramTable
 
 _EXACT_TOLERANCE = 1e-3
 _TOKENIZER = "tokenizer.json"
@@ -54,7 +56,8 @@ class Prepared:
     facts: ModelFacts
     tokenizer: Tokenizer
     exits: tuple[int, ...] | None
-    frequencies: dict[int, int] | None
+    frequencies: Mapping[int, int] | None
+    table: Path | None
     reference: Path | None
     source_sha256: str
     imatrix_sha256: str | None
@@ -82,8 +85,11 @@ def export_gguf(
     step("split")
     segments = _write_segments(model, exits, folder)
     step("draft head")
-    draft_head = _write_draft_head(model, prepared, options, folder) if exits else None
+    text = _draft_text(options, prepared.tokenizer)
+    draft_head = _write_draft_head(model, prepared, options, text, folder) if exits else None
+    draft_table = _write_draft_table(prepared, text, folder)
     prepared.tokenizer.save(str(folder / _TOKENIZER))
+    table_files = [] if draft_table is None else [draft_table]
     head_files = [] if draft_head is None else [draft_head.file, draft_head.vocabulary]
     return Artefacts(
         model=prepared.facts,
@@ -91,12 +97,13 @@ def export_gguf(
         segments=segments,
         embedding=_embedding_entry(folder, segments[-1].file),
         draft_head=draft_head,
+        draft_table=draft_table,
         quantization=Quantization(
             scheme=prepared.scheme.name,
             imatrix_sha256=prepared.imatrix_sha256,
             bits_per_weight=_bits_per_weight(model),
         ),
-        files=(*(segment.file for segment in segments), *head_files, _TOKENIZER),
+        files=(*(segment.file for segment in segments), *head_files, *table_files, _TOKENIZER),
         whole=prepared.whole,
         probe=probe_tokens(prepared.tokenizer, prepared.facts.vocab_size, prepared.facts.context_length),
         reference=prepared.reference,
@@ -122,7 +129,7 @@ def _from_checkpoint(
     write_whole(checkpoint, whole, float_type)
     facts = _checkpoint_facts(checkpoint, tokenizer, decoder.context_length, whole)
     whole, imatrix = _quantized(whole, scheme, float_type, tokenizer, options, scratch, step)
-    frequencies = checkpoint.path / FREQUENCIES_FILE
+    frequencies, table = checkpoint.path / FREQUENCIES_FILE, checkpoint.path / DRAFT_TABLE_FILE
     return Prepared(
         whole=whole,
         scheme=scheme,
@@ -130,6 +137,7 @@ def _from_checkpoint(
         tokenizer=tokenizer,
         exits=recorded_exits(checkpoint.path, checkpoint.config),
         frequencies=read_frequencies(frequencies) if frequencies.is_file() else None,
+        table=table if table.is_file() else None,
         reference=checkpoint.path,
         source_sha256=_hash_checkpoint(checkpoint),
         imatrix_sha256=imatrix,
@@ -162,6 +170,7 @@ def _from_gguf(source: str, options: ExportOptions, scratch: Path, step: Callabl
         tokenizer=tokenizer,
         exits=None,
         frequencies=None,
+        table=None,
         reference=None,
         source_sha256=hash_file(path),
         imatrix_sha256=imatrix,
@@ -203,6 +212,15 @@ def _quantized(
     return target, sha256
 
 
+def _draft_text(options: ExportOptions, tokenizer: Tokenizer) -> list[int] | None:
+    """Token ids of the text drafts are counted from, if the user gave one."""
+    if options.draft_text is None:
+        return None
+    return list(
+        tokenizer.encode(_read_text(options.draft_text, "--draft-text"), add_special_tokens=False).ids
+    )
+
+
 def _calibrate(whole: Path, text: Path, tokenizer: Tokenizer, scratch: Path) -> tuple[str, str]:
     from skipstone.exporters.formats.gguf.imatrix import check_calibration
 
@@ -229,17 +247,34 @@ def _write_segments(model: GgufModel, exits: tuple[int, ...], folder: Path) -> t
 
 
 def _write_draft_head(
-    model: GgufModel, prepared: Prepared, options: ExportOptions, folder: Path
+    model: GgufModel, prepared: Prepared, options: ExportOptions, text: list[int] | None, folder: Path
 ) -> DraftHeadEntry:
-    frequencies = prepared.frequencies
-    if options.draft_vocab_text is not None:
-        text = _read_text(options.draft_vocab_text, "--draft-vocab-text")
-        frequencies = dict(count_tokens(text, prepared.tokenizer))
-    facts = prepared.facts
+    """The trimmed head; `text` (token ids), where given, says which tokens are frequent."""
+    facts, frequencies = prepared.facts, prepared.frequencies
+    if text is not None:
+        frequencies = count_tokens(text)
     tokens = choose_tokens(facts.vocab_size, options.draft_vocab_size, frequencies, facts.eos_token_ids)
     cut.write_draft_head(model, tokens, folder / _DRAFT_HEAD)
     (folder / _DRAFT_VOCABULARY).write_bytes(tokens.astype("<i4").tobytes())
     return DraftHeadEntry(file=_DRAFT_HEAD, vocabulary=_DRAFT_VOCABULARY, rows=len(tokens))
+
+
+def _write_draft_table(prepared: Prepared, text: list[int] | None, folder: Path) -> str | None:
+    """The n-gram table counted in `text`, else the one recorded with the checkpoint, else none."""
+    facts = prepared.facts
+    if text is not None:
+        count_table(np.array(text, np.int64), facts.vocab_size).save(folder / DRAFT_TABLE_FILE)
+        return DRAFT_TABLE_FILE
+    if prepared.table is None:
+        return None
+    recorded = NGramTable.load(prepared.table)
+    if recorded.vocab_size != facts.vocab_size:
+        raise CheckpointError(
+            f"{prepared.table}: counted for {recorded.vocab_size} tokens, the model has {facts.vocab_size}",
+            hint="remove the file or pass --draft-text",
+        )
+    shutil.copyfile(prepared.table, folder / DRAFT_TABLE_FILE)
+    return DRAFT_TABLE_FILE
 
 
 def _embedding_entry(folder: Path, name: str) -> EmbeddingEntry:

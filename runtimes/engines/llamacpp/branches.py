@@ -67,7 +67,9 @@ class Branches:
 
     def _open(self, fork: int) -> int:
         if self.count >= self._limit:
-            raise ContextFullError(f"the draft tree has more than {self._limit} leaves", hint="use a narrower tree")
+            raise ContextFullError(
+                f"the draft tree has more than {self._limit} leaves", hint="use a narrower tree"
+            )
         branch = self.count
         self.count += 1
         self._forks.append(fork)

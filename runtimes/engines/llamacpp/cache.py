@@ -38,7 +38,9 @@ class LlamaCppCache:
     def embed(self, tokens: Sequence[int]) -> FloatArray:
         return self._table.rows(tokens)
 
-    def run(self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]) -> FloatArray:
+    def run(
+        self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]
+    ) -> FloatArray:
         tree, lane, count = self._tree, self._lanes[segment], len(rows)
         if tree.base + len(tree) > self.context_length:
             raise ContextFullError(
@@ -104,7 +106,9 @@ class LlamaCppCache:
         tree, row = self._tree, self._branches.fork_of(branch)
         while row >= 0 and tree.progress[row] <= segment:
             row = tree.parents[row]
-        source, stop = (CONTEXT, tree.base) if row == ROOT else (self._branches.of(row), tree.position(row) + 1)
+        source, stop = (
+            (CONTEXT, tree.base) if row == ROOT else (self._branches.of(row), tree.position(row) + 1)
+        )
         if stop > 0:
             self._lanes[segment].copy_sequence(source, branch, 0, stop)
         self._forked[segment].add(branch)

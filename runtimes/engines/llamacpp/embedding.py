@@ -42,7 +42,9 @@ class EmbeddingTable:
         row_bytes = table_bytes(entry) // entry.rows
         size = path.stat().st_size
         if entry.offset + entry.rows * row_bytes > size:
-            raise BundleError(f"{path}: the embedding table ends past the file's {size} bytes", hint="export again")
+            raise BundleError(
+                f"{path}: the embedding table ends past the file's {size} bytes", hint="export again"
+            )
         self._raw = np.memmap(path, np.uint8, "r", offset=entry.offset, shape=(entry.rows, row_bytes))
         self._columns, self._scale = entry.columns, np.float32(entry.scale)
         self._dequantize = dequantizer(kind)

@@ -61,7 +61,10 @@ class LlamaCppEngine:
 
     def open_cache(self, context_length: int, tree: RowTree) -> LlamaCppCache:
         options = self._lane_options
-        lanes = [Lane(part, out, context_length, options) for part, out in zip(self._parts, self._outputs, strict=True)]
+        lanes = [
+            Lane(part, out, context_length, options)
+            for part, out in zip(self._parts, self._outputs, strict=True)
+        ]
         head = None
         if self._head is not None:
             head = Lane(self._head, "logits", options.max_width, options)
@@ -90,13 +93,17 @@ class LlamaCppEngine:
             self._head = Part(bundle.file(draft.file), self._lane_options, gpu_layers=options.gpu_layers)
             self.draft_vocabulary = np.fromfile(bundle.file(draft.vocabulary), "<i4").astype(np.int32)
             ids = self.draft_vocabulary
-            self._expect(self._head, self._head.vocab_size == draft.rows == len(ids), f"{len(ids)} draft tokens")
-            fits = len(ids) > 0 and 0 <= int(ids.min()) and int(ids.max()) < self.vocab_size
+            self._expect(
+                self._head, self._head.vocab_size == draft.rows == len(ids), f"{len(ids)} draft tokens"
+            )
+            fits = len(ids) > 0 and int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size
             self._expect(self._head, fits, "draft tokens outside the vocabulary")
 
     def _expect(self, part: Part, holds: bool, found: str) -> None:
         if not holds:
-            raise BundleError(f"{part.path}: {found}, which does not fit the manifest", hint="export the bundle again")
+            raise BundleError(
+                f"{part.path}: {found}, which does not fit the manifest", hint="export the bundle again"
+            )
 
 
 def _lane_options(bundle: Bundle, options: EngineOptions) -> LaneOptions:
@@ -106,7 +113,9 @@ def _lane_options(bundle: Bundle, options: EngineOptions) -> LaneOptions:
     scheme = bundle.manifest.quantization.scheme
     kv_type = options.kv_type or ("f32" if scheme == "f32" else "f16")
     if kv_type not in ("f16", "f32"):
-        raise UsageError(f"--kv-type {kv_type}: expected one of f16, f32", hint=f"ggml knows {', '.join(GGML_TYPES)}")
+        raise UsageError(
+            f"--kv-type {kv_type}: expected one of f16, f32", hint=f"ggml knows {', '.join(GGML_TYPES)}"
+        )
     return LaneOptions(threads=threads, kv_type=kv_type, extra_buffers=repacking_is_safe(bundle))
 
 

@@ -59,7 +59,12 @@ def library() -> Library:
     base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     base.ggml_nbytes.restype, base.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
     base.ggml_backend_tensor_get.restype = None
-    base.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    base.ggml_backend_tensor_get.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+    ]
     return Library(llama_cpp, llama_cpp_ext, base)
 
 
@@ -105,7 +110,9 @@ def dequantizer(type_name: str) -> Callable[[NDArray[np.uint8], int], FloatArray
     try:
         function = getattr(library().ggml_base, symbol)
     except AttributeError as error:
-        raise EngineError(f"embedding type {type_name}: ggml has no {symbol}", hint="export with another --quantize") from error
+        raise EngineError(
+            f"embedding type {type_name}: ggml has no {symbol}", hint="export with another --quantize"
+        ) from error
     function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
 
     def dequantize(raw: NDArray[np.uint8], columns: int) -> FloatArray:

@@ -53,7 +53,11 @@ def repacking_is_safe(bundle: Bundle) -> bool:
 
 
 def _try_in_subprocess(segment: Path) -> bool:
-    command = [sys.executable, "-m", __name__ if __name__ != "__main__" else "skipstone.runtimes.engines.llamacpp.trust"]
+    command = [
+        sys.executable,
+        "-m",
+        __name__ if __name__ != "__main__" else "skipstone.runtimes.engines.llamacpp.trust",
+    ]
     try:
         done = subprocess.run([*command, str(segment)], capture_output=True, timeout=_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired):

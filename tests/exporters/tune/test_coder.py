@@ -21,7 +21,7 @@ CODER = SAMPLES / "models" / "coder"
 
 @pytest.fixture(scope="module")
 def report() -> ExitReport:
-    return ExitReport.read(CODER / "exits.json")
+    return ExitReport.read(CODER / "exit_report.json")
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,9 @@ def test_the_shipped_weights_exit_as_well_on_held_out_text_as_the_report_says(
     measured = evaluate_exits(net, np.array(ids), length=256)
     assert measured.tokens > 10_000
     for own, stated in zip(measured.exits, report.exits, strict=True):
-        # Another and smaller sample of held-out text, mid-file and with shorter context: close, not equal.
-        assert own.agreement == pytest.approx(stated.agreement, abs=0.06)
-        assert own.loss == pytest.approx(stated.loss, rel=0.2)
+        # One excerpt per package instead of whole files, and shorter context: harder, but not far off.
+        assert own.agreement == pytest.approx(stated.agreement, abs=0.08)
+        assert own.loss == pytest.approx(stated.loss, rel=0.35)
 
 
 def test_early_exits_draft_well_enough_to_be_worth_it(report: ExitReport) -> None:

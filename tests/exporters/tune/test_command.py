@@ -18,7 +18,7 @@ def test_the_command_trains_and_says_where_the_model_is(
     flags += ["--max-steps", 3, "--no-compile", "--cpu"]
     assert run(["tune", *map(str, flags)]) == 0
     assert str(output) in capfd.readouterr().err.replace("\n", "")
-    assert len(ExitReport.read(output / "exits.json").exits) == 4
+    assert len(ExitReport.read(output / "exit_report.json").exits) == 4
 
 
 @pytest.mark.parametrize(

@@ -70,12 +70,12 @@ def test_too_little_held_out_text_is_refused(net: LayerSkipNet, text: np.ndarray
 
 def test_a_report_is_read_back_as_it_was_saved(net: LayerSkipNet, text: np.ndarray, tmp_path: Path) -> None:
     report = evaluate_exits(net, text, length=16, trained=(1, 2))
-    report.save(tmp_path / "exits.json")
-    assert ExitReport.read(tmp_path / "exits.json") == report
+    report.save(tmp_path / "exit_report.json")
+    assert ExitReport.read(tmp_path / "exit_report.json") == report
 
 
 def test_the_plot_is_a_png(net: LayerSkipNet, text: np.ndarray, tmp_path: Path) -> None:
-    plot_exits(evaluate_exits(net, text, length=16, trained=(1, 2)), tmp_path / "exits.png")
-    content = (tmp_path / "exits.png").read_bytes()
+    plot_exits(evaluate_exits(net, text, length=16, trained=(1, 2)), tmp_path / "exit_report.png")
+    content = (tmp_path / "exit_report.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 5_000

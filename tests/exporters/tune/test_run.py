@@ -58,7 +58,7 @@ def test_the_output_is_a_checkpoint_with_report_plot_and_card(
 ) -> None:
     chosen = options(config_file, texts, recipe_file, max_steps=5)
     report = tune(chosen, quiet())
-    assert ExitReport.read(chosen.output / "exits.json") == report
+    assert ExitReport.read(chosen.output / "exit_report.json") == report
     model = AutoModelForCausalLM.from_pretrained(chosen.output)
     tokenizer = AutoTokenizer.from_pretrained(chosen.output)
     assert model.dtype == torch.bfloat16
@@ -67,7 +67,7 @@ def test_the_output_is_a_checkpoint_with_report_plot_and_card(
     card = (chosen.output / "README.md").read_text()
     assert chosen.command() in card
     assert f"| 4 | {report.exits[3].loss:.3f} | 1.000 |" in card
-    assert (chosen.output / "exits.png").is_file()
+    assert (chosen.output / "exit_report.png").is_file()
     assert not list(chosen.output.parent.glob("*.new"))
 
 
@@ -223,4 +223,4 @@ def test_two_processes_under_accelerate_train_one_model(
     assert json.loads((newest(chosen.work) / "trainer_state.json").read_text())["global_step"] == 20
     # Twice the sequences a step: 20 steps x 2 processes x 8 sequences x 32 tokens.
     assert f"{20 * 2 * 8 * 32 / 1e6:.1f} M tokens" in card
-    assert ExitReport.read(chosen.output / "exits.json").exits[-1].loss < 4.0
+    assert ExitReport.read(chosen.output / "exit_report.json").exits[-1].loss < 4.0

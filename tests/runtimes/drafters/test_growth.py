@@ -52,7 +52,7 @@ def request(
     temperature=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 50),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_trees_stay_within_limit_room_and_branches(
     name: str, room: int, wish: int, branching: int, guesses: int, temperature: float, seed: int
 ) -> None:
@@ -77,7 +77,7 @@ def test_trees_stay_within_limit_room_and_branches(
 
 @pytest.mark.parametrize("name", GROWN)
 @given(limit=st.integers(1, 31), branching=st.integers(1, 4), seed=st.integers(0, 50))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_sampled_candidates_come_from_their_distribution_and_all_stay(
     name: str, limit: int, branching: int, seed: int
 ) -> None:
@@ -136,13 +136,15 @@ def test_a_chain_follows_the_exits_best_tokens() -> None:
 
 
 def test_drafts_hang_from_text_that_runs_ahead_of_the_session() -> None:
-    """A later stage may ask what follows its own drafts: the exit must read them, not only the committed text."""
+    """A later stage may ask what follows its own drafts: the exit must read them too."""
     asked = request(ENGINE, 96, 6, 0.0)
-    ahead = DraftRequest([*asked.context, 7, 8], asked.session, asked.sampler, 6, asked.costs)
-    tree = EarlyExitDrafter(2, None, GrowthOptions(branching=1)).propose(ahead)
     assert ENGINE.draft_vocabulary is not None
-    best = ENGINE.reference(ahead.context, 2)[-1].argmax()
-    assert tree.tokens[0] == ENGINE.draft_vocabulary[best]
+    for token in range(24):
+        ahead = DraftRequest([*asked.context, token, 8], asked.session, asked.sampler, 6, asked.costs)
+        tree = EarlyExitDrafter(2, None, GrowthOptions(branching=1)).propose(ahead)
+        best = ENGINE.reference(ahead.context, 2)[-1].argmax()
+        assert tree.tokens[0] == ENGINE.draft_vocabulary[best]
+        asked.session.discard()
 
 
 def test_nothing_is_drafted_where_every_row_costs_full_price() -> None:
@@ -153,7 +155,7 @@ def test_nothing_is_drafted_where_every_row_costs_full_price() -> None:
 def test_an_exit_the_bundle_does_not_have_is_refused() -> None:
     asked = request(ENGINE, 96, 5, 0.0)
     for exit_layer in (3, 6):
-        with pytest.raises(UsageError, match="--assistant-early-exit.*2, 4"):
+        with pytest.raises(UsageError, match=r"--assistant-early-exit.*2, 4"):
             EarlyExitDrafter(exit_layer).propose(asked)
     headless = request(ToyEngine(draft_tokens=None), 96, 5, 0.0)
     with pytest.raises(UsageError, match="--assistant-early-exit"):

@@ -83,7 +83,7 @@ def test_prompt_lookup_follows_the_latest_occurrence_of_the_longest_suffix(text:
 def test_text_that_was_only_guessed_is_not_remembered(
     names: str, text: list[int], guess: list[int], rest: list[int]
 ) -> None:
-    """A stage asks with its own guesses at the end of the context; what became of them is told by `observe`."""
+    """A stage asks with its own guesses at the end of the context; `observe` tells what became of them."""
     asked, other = (started(text_drafter(names, VOCAB), text) for _ in range(2))
     asked.propose(request([*text, *guess]))
     for drafter in (asked, other):

@@ -1,4 +1,4 @@
-"""llama.cpp segments against eager torch: trees, inner exits, sequence bookkeeping, and what must not kill the process."""
+"""llama.cpp against eager torch: trees, inner exits, sequence bookkeeping, what must not kill the process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TREE = [(5, ROOT), (6, 0), (7, 1), (8, 0), (9, 3), (10, ROOT), (11, 5), (12, 0),
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, EagerEngine]]:
-    """A bundle on llama.cpp and its checkpoint in torch. Llama's hidden states come as `nextn`, Qwen3's by callback."""
+    """A bundle on llama.cpp and its checkpoint in torch: Llama's rows come by `nextn`, Qwen3's by tap."""
     prefix = {"llama": "tiny", "qwen3": "tiny_qwen"}[request.param]
     bundle: Bundle = request.getfixturevalue(f"{prefix}_bundle")
     checkpoint: Path = request.getfixturevalue(f"{prefix}_checkpoint")

@@ -1,8 +1,6 @@
-"""`auto` on a simulated clock: plain where drafting loses, drafts where it gains, arms that turn bad sleep."""
+"""`auto` on a simulated clock: plain where drafting loses, drafts where it gains, bad arms sleep."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from skipstone.runtimes.tree import TokenTree
 from tests.runtimes.drafters_zoo import auto_policy
 from tests.runtimes.toy_engine import FloatArray, ToyCache, ToyEngine, toy_costs
 
-TOKENS = 500
+TOKENS = 300
 
 
 class Clock:
@@ -63,10 +61,10 @@ class TimedEngine(ToyEngine):
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(generate_module, "time", clock)
-    yield clock
+    return clock
 
 
 def seconds_per_token(
@@ -99,7 +97,7 @@ def engine_like(kind: str) -> TimedEngine:
 def speed_up(
     kind: str, clock: Clock, true: dict[str, float], believed: dict[str, float] | None = None
 ) -> tuple[float, list[Step]]:
-    """How much faster `auto` is than plain decoding where batches cost `true` and the curve says `believed`."""
+    """Speed-up of `auto` over plain decoding where batches cost `true` and the curve says `believed`."""
     engine = engine_like(kind)
     engine.run_on(clock, toy_costs(engine, **true))
     costs = toy_costs(engine, **(believed or true))
