@@ -147,9 +147,10 @@ def softmax(logits: FloatArray, temperature: float = 1.0) -> Probabilities:
 def likeliest(logits: FloatArray, count: int) -> list[int]:
     """Indices of the largest logits, best first; for a few of them repeated argmax beats any partial sort."""
     best = [int(logits.argmax())]
-    if count > 1:
+    further = min(count, len(logits)) - 1
+    if further > 0:
         rest = logits.copy()
-        for _ in range(count - 1):
+        for _ in range(further):
             rest[best[-1]] = -np.inf
             best.append(int(rest.argmax()))
     return best

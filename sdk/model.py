@@ -125,7 +125,7 @@ class Model:
             facts.vocab_size,
             facts.bos_token_id if facts.add_bos else None,
         )
-        self._table = _draft_table(bundle)
+        self._table = load_draft_table(bundle)
         self.engine = open_engine(bundle, options)
         try:
             length = min(facts.context_length, 2048) if context_length is None else context_length
@@ -284,7 +284,7 @@ class Model:
         return make
 
 
-def _draft_table(bundle: Bundle) -> NGramTable | None:
+def load_draft_table(bundle: Bundle) -> NGramTable | None:
     """The bundle's n-gram table, if it ships one."""
     name, facts = bundle.manifest.draft_table, bundle.manifest.model
     if name is None:

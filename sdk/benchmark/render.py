@@ -29,9 +29,8 @@ def show(report: Report, console: Console) -> None:
 
 def _speeds(report: Report) -> Table:
     table = _table("Speed", "strategy")
-    for name in ("tok/s", "speed-up", "least", "first ms", "peak MB", "GB/s"):
+    for name in ("tok/s", "speed", "least", "ttft ms", "MB", "GB/s", "same"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("same output", justify="right")
     best = max((row.speedup or 0.0 for row in report.rows), default=0.0)
     for row in report.rows:
         table.add_row(
@@ -80,7 +79,14 @@ def _costs(curve: CostCurve) -> Table:
 
 
 def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column(first, no_wrap=True)
     return table
 
@@ -95,7 +101,7 @@ def _matches(row: Row) -> str:
     total = row.identical + (row.near_tie_divergences or 0) + (row.other_divergences or 0)
     parts = [f"{row.identical}/{total}"]
     if row.near_tie_divergences:
-        parts.append(f"{row.near_tie_divergences} near-tie")
+        parts.append(f"≈{row.near_tie_divergences}")
     if row.other_divergences:
-        parts.append(f"[red]{row.other_divergences} other[/red]")
-    return ", ".join(parts)
+        parts.append(f"[red]≠{row.other_divergences}[/red]")
+    return " ".join(parts)

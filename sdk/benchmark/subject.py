@@ -7,7 +7,7 @@ from collections.abc import Callable
 from skipstone.benchmark.meter import MeteredEngine, part_bytes
 from skipstone.bundle import Bundle, CostCurve, open_bundle
 from skipstone.devices.cost import measure
-from skipstone.model import _draft_table
+from skipstone.model import load_draft_table
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, check_vocabularies
@@ -35,7 +35,7 @@ class Subject:
         self.bundle = bundle
         bos = facts.bos_token_id if facts.add_bos else None
         self.codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size, bos)
-        self.table = _draft_table(bundle)
+        self.table = load_draft_table(bundle)
         self._raw = open_engine(bundle, options)
         try:
             self.curve: CostCurve = measure(self._raw, budget_seconds=_COST_SECONDS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from skipstone.errors import UsageError
-from skipstone.runtimes.sampling import Sampler, SamplingConfig, draw
+from skipstone.runtimes.sampling import Sampler, SamplingConfig, draw, likeliest
 from tests.runtimes.chi_square import goodness_of_fit
 
 VOCAB = 40
@@ -140,6 +140,12 @@ def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], value:
     p = np.array(weights) / sum(weights)
     if p.any():
         assert p[draw(p, AlmostOne(value))] > 0
+
+
+@given(logits=st.lists(st.integers(-3, 3), min_size=1, max_size=12), count=st.integers(1, 15))
+def test_the_likeliest_tokens_are_the_first_of_a_stable_sort(logits: list[int], count: int) -> None:
+    expected = sorted(range(len(logits)), key=lambda at: -logits[at])[:count]
+    assert likeliest(np.array(logits, np.float32), count) == expected
 
 
 def test_a_seed_reproduces_draws_and_no_seed_does_not() -> None:
