@@ -28,7 +28,7 @@ test: lint
 bench: setup
 	@test -e $(BUNDLE)/manifest.json || $(BIN)/skipstone export samples/models/coder \
 		--device cpu --format gguf --quantize q8_0 --output $(BUNDLE)
-	$(BIN)/skipstone bench $(BUNDLE)
+	$(BIN)/skipstone bench $(BUNDLE) --prompts samples/prompts/code.jsonl --max-new-tokens 96
 
 lint: types
 	$(BIN)/ruff check .

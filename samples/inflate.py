@@ -121,9 +121,9 @@ def layer_places(layers: int, target: int) -> list[int]:
     return [layer + layer * (target - layers) // layers for layer in range(layers)]
 
 
-def place_exit(exit_layer: int, places: Sequence[int], target: int) -> int:
-    """The exit of the bigger model that computes what `exit_layer` layers of the original do."""
-    return places[exit_layer] if exit_layer < len(places) else target
+def place_exit(exit_layer: int, places: Sequence[int]) -> int:
+    """The first exit of the bigger model that computes what `exit_layer` layers of the original do."""
+    return places[exit_layer - 1] + 1
 
 
 def _check_fits(source: Shape, target: Shape) -> None:
@@ -266,7 +266,7 @@ def _write_config(
             shutil.copy(checkpoint.path / name, folder / name)
     exits = recorded_exits(checkpoint.path, checkpoint.config)
     if exits is not None:
-        moved = [place_exit(exit_layer, places, target.layers) for exit_layer in exits]
+        moved = [place_exit(exit_layer, places) for exit_layer in exits]
         (folder / EXITS_FILE).write_text(json.dumps({"exits": moved}) + "\n", encoding="utf-8")
 
 

@@ -63,10 +63,7 @@ def test_added_layers_are_spread_and_every_exit_is_inside(layers: int, target: i
     assert places[0] == 0
     assert gaps.min() >= 1
     assert gaps.max() - gaps.min() <= 1
-    assert [place_exit(exit_layer, places, target) for exit_layer in range(1, layers + 1)] == [
-        *places[1:],
-        target,
-    ]
+    assert [place_exit(exit_layer, places) for exit_layer in range(1, layers + 1)] == [p + 1 for p in places]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.errors import EngineError
+from skipstone.runtimes.engines.llamacpp.thread import undisturbed
 
 FloatArray = NDArray[np.float32]
 
@@ -85,7 +86,7 @@ class WholeModel:
         for index, token in enumerate(tokens):
             batch.token[index], batch.pos[index] = int(token), index
             batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
-        status = llama_cpp.llama_decode(self._context, batch)
+        status = undisturbed(lambda: llama_cpp.llama_decode(self._context, batch))
         llama_cpp.llama_batch_free(batch)
         if status != 0:
             raise EngineError(f"llama_decode returned {status}")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from skipstone.errors import ContextFullError, EngineError
 from skipstone.runtimes.engines.llamacpp.library import FLOAT_BYTES, GGML_TYPES, library
+from skipstone.runtimes.engines.llamacpp.thread import undisturbed
 
 FloatArray = NDArray[np.float32]
 _NO_ROOM = 1
@@ -143,7 +144,7 @@ class Lane:
         self._batch.n_tokens = count
         if self.output == "callback":
             self.flags[:count] = 1  # without an output row the last layer is cropped away
-        status = self._llama.llama_decode(self._context, self._batch)
+        status = undisturbed(lambda: self._llama.llama_decode(self._context, self._batch))
         if status == _NO_ROOM:
             raise ContextFullError(f"{self.part.path.name}: no cells left for {count} rows")
         if status != 0:
