@@ -102,11 +102,11 @@ class NGramTable:
             BundleError: the file is not a table, or its parts do not fit each other.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as data:
                 vocab_size = int(data["vocab_size"])
                 present = [n for n in ORDERS if f"keys{n}" in data.files]
                 orders = {n: (data[f"keys{n}"], data[f"tokens{n}"], data[f"frequencies{n}"]) for n in present}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
             raise BundleError(
                 f"{path}: not a draft table: {error}", hint="export the bundle again"
             ) from error

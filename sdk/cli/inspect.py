@@ -65,6 +65,8 @@ def _files(manifest: Manifest) -> Table:
     if manifest.draft_head is not None:
         roles[manifest.draft_head.file] = f"draft head, {manifest.draft_head.rows} tokens"
         roles[manifest.draft_head.vocabulary] = "draft head's token ids"
+    if manifest.draft_table is not None:
+        roles[manifest.draft_table] = "n-gram table to draft from"
     table = Table("file", "holds", "MB", "sha256", title="Files", title_justify="left")
     table.columns[2].justify = "right"
     for entry in manifest.files:
