@@ -50,7 +50,10 @@ def test_a_flag_that_cannot_work_is_refused_before_the_bundle_is_opened(
         (("--kv-type", "q2"), ("--kv-type q2", "f16")),
         (("--context-length", "0"), ("context length 0",)),
         (("--context-length", "99999999"), ("context length 99999999",)),
-        (("--strategy", "layerskip", "--assistant-early-exit", "3"), ("--assistant-early-exit 3", "2, 4")),
+        (
+            ("--strategy", "layerskip", "--assistant-early-exit", "5"),
+            ("--assistant-early-exit 5", "exits are 3"),
+        ),
         (("--strategy", "layerskip", "--assistant-early-exit", "-1"), ("--assistant-early-exit -1",)),
         (("--strategy", "draft-model"), ("--assistant-model",)),
         (("--strategy", "draft-model", "--assistant-model", "/nowhere"), ("/nowhere",)),

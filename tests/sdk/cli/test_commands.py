@@ -122,7 +122,12 @@ def test_an_interruption_ends_with_130_and_without_a_traceback(coder_bundle_f32:
         str(coder_bundle_f32),
     ]
     flags = ["--prompt", PROMPT, "--max-new-tokens", "1500", "--threads", "1", "--ignore-eos"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background shells ignore it
+    )
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
