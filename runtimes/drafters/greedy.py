@@ -135,7 +135,9 @@ class GreedyGrowth:
         return {
             node: score
             for node, score in enumerate(tree.scores)
-            if node not in self._examined and score >= floor and tree.parents[node] in self._examined | {ROOT}
+            if node not in self._examined
+            and score >= floor
+            and (tree.parents[node] == ROOT or tree.parents[node] in self._examined)
         }
 
     def _fitting(self) -> int:

@@ -2,7 +2,7 @@
 
 ggml configures the tile registers once per thread and trusts that nobody touches them. torch and its kind release them
 after use, and the next tile instruction of llama.cpp on the same thread then kills the process. Where such a library
-is loaded, llama.cpp runs on a thread of its own; elsewhere on the caller's, which saves the hand-over (about 50 µs).
+is loaded, llama.cpp runs on a thread of its own; elsewhere on the caller's, which saves the hand-over.
 """
 
 from __future__ import annotations
