@@ -25,11 +25,12 @@ from skipstone.devices.cost import measure
 from skipstone.errors import BundleError, UsageError
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
-from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, check_vocabularies
+from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftModelMaker, check_vocabularies
 from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.drafters.table import NGramTable
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.generate import GenerationLimits, Policy, Step, StopReason, generate
+from skipstone.runtimes.prefix import common_prefix_length
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
@@ -257,14 +258,11 @@ class Model:
 
     def _reuse_prefix(self, tokens: Sequence[int]) -> Sequence[int]:
         """Keep the committed tokens a prompt begins with; returns the rest of the prompt (at least one token)."""
-        held = self.session.tokens
-        common = 0
-        while common < min(len(held), len(tokens) - 1) and held[common] == tokens[common]:
-            common += 1
+        common = min(common_prefix_length(self.session.tokens, tokens), len(tokens) - 1)
         self.session.rewind(common)
         return tokens[common:]
 
-    def _draft_model_maker(self, path: str):  # type: ignore[no-untyped-def]
+    def _draft_model_maker(self, path: str) -> DraftModelMaker:
         """Opens the draft model's bundle and checks its vocabulary; returns what makes its drafter."""
         bundle = open_bundle(path)
         facts = bundle.manifest.model

@@ -6,7 +6,7 @@ batch. Drafts grow as an early exit's do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,8 +15,12 @@ from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter, DraftRequest, Observation
 from skipstone.runtimes.drafters.grower import Grower
 from skipstone.runtimes.drafters.growth import DraftingModel, GrowthOptions
+from skipstone.runtimes.prefix import common_prefix_length
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.tree import TokenTree
+
+# From a source, or None, and the tree's shape to the drafter.
+DraftModelMaker = Callable[[Drafter | None, GrowthOptions], Drafter]
 
 
 class DraftModelDrafter:
@@ -73,9 +77,7 @@ class DraftModelDrafter:
         """Make the draft session's context equal to `context`; rows drafted before are found again, new ones lag."""
         session = self._session
         held = session.tokens
-        common = 0
-        while common < min(len(held), len(context)) and held[common] == context[common]:
-            common += 1
+        common = common_prefix_length(held, context)
         if common < len(held):
             session.rewind(common)
         rows = session.push(context[common:])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skipstone.cli import _options as flags
 from skipstone.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    bundle: flags.BundleFolder,
     prompts: Annotated[
         Path | None,
         typer.Option(help='JSONL file with {"prompt": …} lines.', show_default="a few built in"),
@@ -32,33 +33,21 @@ def bench(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use the first so many prompts.", show_default="all")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
-    context_length: Annotated[
-        int | None, typer.Option(help="Positions to hold.", show_default="the model's, at most 2048")
-    ] = None,
-    kv_type: Annotated[
-        str | None, typer.Option(help="f16 or f32.", show_default="f16; f32 for f32 bundles")
-    ] = None,
+    threads: flags.Threads = None,
+    context_length: flags.ContextLength = None,
+    kv_type: flags.KvType = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy, and compares the outputs.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest one.")] = 0.0,
+    top_k: flags.TopK = 0,
+    top_p: flags.TopP = 1.0,
+    min_p: flags.MinP = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the random draws.")] = 0,
     stop_at_eos: Annotated[
         bool, typer.Option("--stop-at-eos", help="End a prompt at an end-of-text token.")
     ] = False,
-    assistant_early_exit: Annotated[
-        int | None, typer.Option(help="Exit to draft with.", show_default="the first")
-    ] = None,
-    num_assistant_tokens: Annotated[
-        int | None, typer.Option(help="Longest draft.", show_default="as far as it pays")
-    ] = None,
-    assistant_confidence_threshold: Annotated[
-        float | None, typer.Option(help="Stop drafting under this probability.", show_default="0")
-    ] = None,
-    prompt_lookup_num_tokens: Annotated[
-        int | None, typer.Option(help="Longest draft copied from the text.", show_default="10")
-    ] = None,
+    assistant_early_exit: flags.AssistantEarlyExit = None,
+    num_assistant_tokens: flags.NumAssistantTokens = None,
+    assistant_confidence_threshold: flags.AssistantConfidenceThreshold = None,
+    prompt_lookup_num_tokens: flags.PromptLookupNumTokens = None,
     assistant_model: Annotated[
         Path | None, typer.Option(help="Bundle of a draft model; adds strategy draft-model.")
     ] = None,

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from skipstone.bundle import Manifest
+from skipstone.cli._options import ManifestJson
 from skipstone.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def export(
     ] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Calibration text for an importance matrix.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --output.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    json: ManifestJson = False,
 ) -> None:
     """Export a model, cut at its early exits, and test it against its source."""
     chosen = parse_exits(exits)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skipstone.cli import _options as flags
 from skipstone.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    bundle: flags.BundleFolder,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.", show_default=False)] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File with the text to continue; - is standard input.")
@@ -30,37 +31,25 @@ def generate(
         ),
     ] = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest one.")] = 0.0,
+    top_k: flags.TopK = 0,
+    top_p: flags.TopP = 1.0,
+    min_p: flags.MinP = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Over 1 discourages tokens seen before.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the random draws.", show_default="random")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop at; may be repeated.")] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
     ] = False,
-    assistant_early_exit: Annotated[
-        int | None, typer.Option(help="Exit to draft with.", show_default="the first")
-    ] = None,
-    num_assistant_tokens: Annotated[
-        int | None, typer.Option(help="Longest draft.", show_default="as far as it pays")
-    ] = None,
-    assistant_confidence_threshold: Annotated[
-        float | None, typer.Option(help="Stop drafting under this probability.", show_default="0")
-    ] = None,
-    prompt_lookup_num_tokens: Annotated[
-        int | None, typer.Option(help="Longest draft copied from the text.", show_default="10")
-    ] = None,
+    assistant_early_exit: flags.AssistantEarlyExit = None,
+    num_assistant_tokens: flags.NumAssistantTokens = None,
+    assistant_confidence_threshold: flags.AssistantConfidenceThreshold = None,
+    prompt_lookup_num_tokens: flags.PromptLookupNumTokens = None,
     assistant_model: Annotated[
         Path | None, typer.Option(help="Bundle of a draft model, for --strategy draft-model.")
     ] = None,
-    context_length: Annotated[
-        int | None, typer.Option(help="Positions to hold.", show_default="the model's, at most 2048")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")] = None,
-    kv_type: Annotated[
-        str | None, typer.Option(help="f16 or f32.", show_default="f16; f32 for f32 bundles")
-    ] = None,
+    context_length: flags.ContextLength = None,
+    threads: flags.Threads = None,
+    kv_type: flags.KvType = None,
     gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers to place on a GPU; -1: all.")] = 0,
     show_drafts: Annotated[
         bool, typer.Option("--show-drafts", help="Colour accepted and refused drafts.")

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from skipstone.bundle import CostCurve, Manifest, open_bundle
+from skipstone.cli._options import BundleFolder, ManifestJson
 
 
-def inspect(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
-    json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
-) -> None:
+def inspect(bundle: BundleFolder, json: ManifestJson = False) -> None:
     """Check a bundle's files and show what it holds."""
     manifest = open_bundle(bundle).manifest
     if json:

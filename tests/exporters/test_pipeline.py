@@ -31,7 +31,7 @@ from skipstone.exporters.pipeline import export_checkpoint
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.session import Session
 from tests.exporters.conftest import MakeTiny
-from tests.exporters.tiny import CASES, VOCAB_SIZE, make_checkpoint
+from tests.exporters.tiny import CASES, VOCAB_SIZE, Case, make_checkpoint
 
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(2, VOCAB_SIZE, 40)]
 
@@ -81,6 +81,19 @@ def test_a_quantised_bundle_stays_near_the_reference(
     error = np.linalg.norm(bundle_logits(bundle, TOKENS) - expected) / np.linalg.norm(expected)
     assert 0 < error < largest
     assert bundle.manifest.quantization.scheme == scheme
+
+
+def test_rows_that_do_not_fill_a_schemes_blocks_are_kept_in_another_type(tmp_path: Path) -> None:
+    narrow = Case("LlamaForCausalLM", {"hidden_size": 80, "intermediate_size": 256}, scale=0.4)
+    folder = make_checkpoint(tmp_path / "narrow", narrow)
+    bundle = export_checkpoint(folder, tmp_path / "out", quantize="q6_k", exits=(2,))
+    tensors = gguf.GGUFReader(bundle.file(bundle.manifest.segments[0].file)).tensors
+    types = {tensor.name: tensor.tensor_type.name for tensor in tensors}
+    assert (types["blk.0.ffn_up.weight"], types["blk.0.ffn_down.weight"]) == ("F16", "Q6_K")  # 80, 256
+    assert types["blk.0.attn_output.weight"] == "Q8_0"  # 64
+    expected = reference_logits(folder, TOKENS)
+    error = np.linalg.norm(bundle_logits(bundle, TOKENS) - expected) / np.linalg.norm(expected)
+    assert 0 < error < 0.04
 
 
 def test_a_bundle_without_exits_is_one_segment_and_has_no_draft_head(tiny: MakeTiny, tmp_path: Path) -> None:

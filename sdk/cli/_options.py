@@ -1,0 +1,35 @@
+"""Flags that several commands share, each written once; a command gives the default and what it does with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BundleFolder = Annotated[Path, typer.Argument(help="A bundle's folder.")]
+ManifestJson = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")]
+
+# The engine.
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")]
+ContextLength = Annotated[
+    int | None, typer.Option(help="Positions to hold.", show_default="the model's, at most 2048")
+]
+KvType = Annotated[str | None, typer.Option(help="f16 or f32.", show_default="f16; f32 for f32 bundles")]
+
+# Sampling.
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest one.")]
+
+# Speculation.
+AssistantEarlyExit = Annotated[int | None, typer.Option(help="Exit to draft with.", show_default="the first")]
+NumAssistantTokens = Annotated[
+    int | None, typer.Option(help="Longest draft.", show_default="as far as it pays")
+]
+AssistantConfidenceThreshold = Annotated[
+    float | None, typer.Option(help="Stop drafting under this probability.", show_default="0")
+]
+PromptLookupNumTokens = Annotated[
+    int | None, typer.Option(help="Longest draft copied from the text.", show_default="10")
+]
