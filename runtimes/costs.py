@@ -6,7 +6,9 @@ lengths and tree sizes is taken on these figures (hardware-aware trees: PPD, arX
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -24,29 +26,37 @@ class CostModel:
     def __init__(self, curve: CostCurve, exits: Sequence[int]) -> None:
         self.widest = max(curve.widths)
         grid = np.arange(self.widest + 1)
-        self._segments = np.stack([np.interp(grid, curve.widths, seconds) for seconds in curve.segments])
-        self._segments[:, 0] = 0.0
-        self._head = (
-            np.interp(grid, curve.widths, curve.draft_head) if curve.draft_head else np.zeros(len(grid))
-        )
-        self._head[0] = 0.0
-        self._index = {0: 0} | {exit_layer: index + 1 for index, exit_layer in enumerate(exits)}
+        segments = np.array([np.interp(grid, curve.widths, seconds) for seconds in curve.segments])
+        head = np.interp(grid, curve.widths, curve.draft_head) if curve.draft_head else np.zeros(len(grid))
+        segments[:, 0] = head[0] = 0.0
+        # plain lists: looked up many times a round
+        sums = np.concatenate([np.zeros((1, len(grid))), np.cumsum(segments, axis=0)])
+        self._up_to: dict[int, list[float]] = dict(zip((0, *exits), sums.tolist(), strict=True))
+        self._head: list[float] = head.tolist()
         self.last_exit = exits[-1]
 
     def run(self, start: int, stop: int, width: int) -> float:
         """Seconds for `width` rows from layer `start` to layer `stop` (exits, or 0); past the grid it grows linearly."""
-        rows = self._segments[self._index[start] : self._index[stop], min(width, self.widest)]
-        return float(rows.sum()) * max(1.0, width / self.widest)
+        measured = min(width, self.widest)
+        seconds = self._up_to[stop][measured] - self._up_to[start][measured]
+        return seconds * max(1.0, width / self.widest)
 
     def draft(self, start: int, exit: int, width: int) -> float:
         """Seconds to bring `width` rows from `start` to an inner exit and through the draft head."""
-        head = 0.0 if exit == self.last_exit else float(self._head[min(width, self.widest)])
+        head = 0.0 if exit == self.last_exit else self._head[min(width, self.widest)]
         return self.run(start, exit, width) + head
 
     @property
     def plain(self) -> float:
         """Seconds per token of plain decoding."""
         return self.run(0, self.last_exit, 1)
+
+    @cached_property
+    def least_score(self) -> float:
+        """Drafts less likely than this never pay: half the price of a row where rows are cheapest, in plain tokens."""
+        one, *more = self._up_to[self.last_exit][1:]
+        chords = [(seconds - one) / extra for extra, seconds in enumerate(more, 1)]
+        return max(0.0, 0.5 * min(chords, default=one) / one)
 
     def best_count(
         self,
@@ -56,6 +66,7 @@ class CostModel:
         start: int = 0,
         limit: int,
         behind: Sequence[bool] = (),
+        ceiling: float = math.inf,
     ) -> tuple[int, float]:
         """How many drafts to verify, and the expected tokens per second then.
 
@@ -65,13 +76,19 @@ class CostModel:
             start: exit the drafts and the root stand at.
             limit: most drafts to verify.
             behind: for each draft, whether it has not been run to `start` yet; none given: all stand there.
+            ceiling: most seconds that drafting and verifying may take.
         """
         best, expected, waiting = 0, 1.0, 0
         rate = 1.0 / (spent + self.run(start, self.last_exit, 1))
         for count, score in enumerate(scores[:limit], 1):
             expected += score
-            waiting += bool(behind and behind[count - 1])
-            seconds = spent + self.run(start, self.last_exit, count + 1) + self.run(0, start, waiting)
-            if expected / seconds > rate:
+            seconds = spent + self.run(start, self.last_exit, count + 1)
+            if behind and behind[count - 1]:
+                waiting += 1
+            if waiting:
+                seconds += self.run(0, start, waiting)
+            if seconds > ceiling:
+                break
+            if expected > rate * seconds:
                 best, rate = count, expected / seconds
         return best, rate

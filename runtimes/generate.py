@@ -9,6 +9,7 @@ losslessly (`skipstone.runtimes.verify`) and commits it. Without a drafter a rou
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -84,14 +85,27 @@ class Outcome:
     observation: Observation | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the next round drafts.
+
+    Attributes:
+        drafter: None for a plain round.
+        allowance: seconds that the round may take beyond a plain one.
+    """
+
+    drafter: Drafter | None = None
+    allowance: float = math.inf
+
+
 class Policy(Protocol):
     """Chooses how each round drafts."""
 
     def begin(self, prompt: Sequence[int], session: Session) -> None:
         """A new sequence begins with these tokens, which the session holds."""
 
-    def next(self, request: DraftRequest) -> Drafter | None:
-        """The drafter of the next round, None for a plain one."""
+    def next(self) -> Choice:
+        """How the next round drafts."""
 
     def learn(self, outcome: Outcome) -> None:
         """A round is over."""
@@ -107,8 +121,8 @@ class FixedPolicy:
         if self.drafter is not None:
             self.drafter.reset(prompt)
 
-    def next(self, request: DraftRequest) -> Drafter | None:
-        return self.drafter
+    def next(self) -> Choice:
+        return Choice(self.drafter)
 
     def learn(self, outcome: Outcome) -> None:
         if self.drafter is not None and outcome.observation is not None:
@@ -182,9 +196,13 @@ class _Run:
         # drafters may compute rows that are not verified in the end: half the room is theirs
         room = min((session.room - 1) // 2, session.max_branches - 1)
         limit = min(self._limits.max_new_tokens - self.emitted - 1, room, _MOST_DRAFTS)
-        request = DraftRequest(self._context, session, self._sampler, max(0, limit), self._costs)
-        drafter = self._policy.next(request) if limit > 0 else None
-        tree = drafter.propose(request) if drafter is not None else _NO_TREE
+        choice = self._policy.next() if limit > 0 else Choice()
+        drafter, tree = choice.drafter, _NO_TREE
+        if drafter is not None:
+            request = DraftRequest(
+                self._context, session, self._sampler, limit, self._costs, allowance=choice.allowance
+            )
+            tree = drafter.propose(request)
         drafted = time.perf_counter()
         (root,) = session.push(self._context[-1:])
         rows = [root]

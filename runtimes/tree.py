@@ -95,15 +95,19 @@ class TokenTree:
         kept.distributions = {number[p]: q for p, q in self.distributions.items() if p in number}
         return kept
 
-    def merge(self, other: TokenTree) -> TokenTree:
-        """Union with another deterministic tree: equal paths become one, scores the larger of both."""
+    def merge(self, *others: TokenTree) -> TokenTree:
+        """Union with other deterministic trees: equal paths become one, scores the largest of all."""
         merged = TokenTree(list(self.tokens), list(self.parents), list(self.scores))
+        scores = merged.scores
         index = {(p, t): n for n, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
-        number = {ROOT: ROOT}
-        for node, (token, parent) in enumerate(zip(other.tokens, other.parents, strict=True)):
-            key = (number[parent], token)
-            if key not in index:
-                index[key] = merged.add(token, key[0], other.scores[node])
-            number[node] = index[key]
-            merged.scores[index[key]] = max(merged.scores[index[key]], other.scores[node])
+        for other in others:
+            number: list[int] = []
+            for token, parent, score in zip(other.tokens, other.parents, other.scores, strict=True):
+                key = (parent if parent == ROOT else number[parent], token)
+                node = index.get(key)
+                if node is None:
+                    node = index[key] = merged.add(token, key[0], score)
+                elif scores[node] < score:
+                    scores[node] = score
+                number.append(node)
         return merged

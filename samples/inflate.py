@@ -35,11 +35,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from skipstone.errors import CheckpointError, ExportError, SkipstoneError, UsageError
 from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
+from skipstone.exporters.draft_table import DRAFT_TABLE_FILE
+from skipstone.exporters.draft_vocabulary import FREQUENCIES_FILE
 from skipstone.exporters.exits import EXITS_FILE, recorded_exits
 
 _PROBE_LENGTH = 24
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-_COPIED_TOO = ("chat_template.jinja", "token_frequencies.json")
+_COPIED_TOO = ("chat_template.jinja", FREQUENCIES_FILE, DRAFT_TABLE_FILE)
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -6,6 +6,7 @@ this protocol and one line in `skipstone.runtimes.drafters`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,6 +31,8 @@ class DraftRequest:
         limit: most nodes worth proposing.
         costs: the target's cost model.
         reserved: rows of the session that the stages after this one need for themselves.
+        floor: drafts less likely to be accepted than this are of no use.
+        allowance: seconds that drafting and verifying may take beyond a plain round.
     """
 
     context: Sequence[int]
@@ -38,6 +41,13 @@ class DraftRequest:
     limit: int
     costs: CostModel
     reserved: int = 0
+    floor: float = 0.05
+    allowance: float = math.inf
+
+    @property
+    def ceiling(self) -> float:
+        """Most seconds that the round may take, as far as the cost model knows."""
+        return self.costs.plain + self.allowance
 
 
 @dataclass(frozen=True, slots=True)

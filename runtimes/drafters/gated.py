@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from skipstone.runtimes.drafters.base import Drafter, DraftRequest, Observation
 from skipstone.runtimes.tree import TokenTree
 
-_MEMORY = 0.15  # weight of the newest round
-_WORTH = 1.02  # a draft must promise at least this gain over plain decoding
+_MEMORY = 0.15  # weight of the newest round's overhead
+_FADING = 0.95  # of what earlier rounds showed of the scores
+_PRIOR = 4.0  # drafts taken to have kept their promise before any was verified
+_WORTH = 1.1  # a draft must promise at least this gain over plain decoding
 
 
 class GatedDrafter:
-    """See `skipstone.runtimes.drafters.base.Drafter`.
+    """See `skipstone.runtimes.drafters.base.Drafter`. Learns how far its source's scores hold, and what a round costs.
 
     Args:
         source: drafts deterministically from text, at next to no cost.
@@ -22,23 +25,40 @@ class GatedDrafter:
         self._source = source
         self.name = source.name
         self._overhead = 0.0
+        self._promised = self._accepted = _PRIOR
+        self._promise = 0.0
 
     def reset(self, prompt: Sequence[int]) -> None:
         self._source.reset(prompt)
 
     def propose(self, request: DraftRequest) -> TokenTree:
-        tree = self._source.propose(request)
+        costs, self._promise = request.costs, 0.0
+        if costs.run(0, costs.last_exit, 2) > request.ceiling:
+            return TokenTree()
+        tree = self._source.propose(replace(request, floor=max(request.floor, costs.least_score)))
         scores = sorted(tree.scores, reverse=True)
-        count, rate = request.costs.best_count(scores, self._overhead, limit=request.limit)
-        return tree.best(count if rate * request.costs.plain > _WORTH else 0)
+        honest = min(1.0, self._accepted / self._promised)
+        count, rate = costs.best_count(
+            [honest * score for score in scores],
+            self._overhead,
+            limit=request.limit,
+            ceiling=request.ceiling,
+        )
+        if rate * costs.plain <= _WORTH:
+            return TokenTree()
+        self._promise = sum(scores[:count])
+        return tree.best(count)
 
-    def clocked(self, predicted: float, seconds: float) -> None:
-        """Learn what a round with drafts costs beyond the cost model: drafting, bookkeeping, learning.
+    def verified(self, accepted: int, predicted: float, seconds: float) -> None:
+        """Learn what became of the last draft, and what its round cost beyond the cost model.
 
         Args:
+            accepted: how many drafts were.
             predicted: seconds the cost model gave for its verification.
             seconds: what the round took.
         """
+        self._promised = _FADING * self._promised + self._promise
+        self._accepted = _FADING * self._accepted + accepted
         extra = min(max(0.0, seconds - predicted), predicted)
         self._overhead += _MEMORY * (extra - self._overhead)
 

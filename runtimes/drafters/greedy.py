@@ -80,7 +80,7 @@ class GreedyGrowth:
             self._add(token, parent, score / (before.scores[parent] if parent != ROOT else 1.0))
         order = sorted(range(len(before)), key=lambda node: (-before.scores[node], node))
         scores = [before.scores[node] for node in order]
-        count = growth.request.costs.best_count(scores, 0.0, limit=most)[0]
+        count = growth.request.costs.best_count(scores, 0.0, limit=most, ceiling=growth.request.ceiling)[0]
         self._rescore()
         return sorted(order[:count])
 
@@ -157,6 +157,7 @@ class GreedyGrowth:
             start=growth.start,
             limit=growth.request.limit,
             behind=behind,
+            ceiling=growth.request.ceiling,
         )
         return tree.best(count)
 

@@ -24,9 +24,8 @@ from skipstone.runtimes.session import Session
 from skipstone.runtimes.tree import TokenTree
 
 WAVES = (1, 2, 4, 8)
-_YIELD = (
-    1.4  # accepted tokens to hope for below a leaf that is reached: its child, and what may grow below that
-)
+# accepted tokens to hope for below a leaf that is reached: its child, and what may grow below that
+_YIELD = 1.4
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,22 @@ class Growth:
             min(session.room - 1, session.max_branches - session.pending) - request.limit - request.reserved
         )
 
-    def next_wave(self, leaves: dict[int, float], examined: set[int], fits: int) -> list[int]:
+    def affords(self, spent: float, drafts: int) -> bool:
+        """Whether verifying so many drafts after so many seconds of drafting keeps to the request's ceiling."""
+        costs = self.request.costs
+        seconds = (
+            spent + costs.run(self.start, costs.last_exit, drafts + 1) + costs.run(0, self.start, drafts)
+        )
+        return seconds <= self.request.ceiling
+
+    def next_wave(self, leaves: dict[int, float], examined: set[int], fits: int, kept: int = 0) -> list[int]:
         """The leaves worth running next, or none when another pass would not pay.
 
         Args:
             leaves: nodes that could be run, with their scores.
             examined: nodes that have been run.
             fits: most nodes that fit.
+            kept: nodes that will be verified whatever comes.
         """
         if self.passes >= self.options.passes or not leaves:
             return []
@@ -151,6 +159,8 @@ class Growth:
             if size > min(len(order), fits):
                 break
             then = self.spent + self.model.costs.draft(0, self.model.exit, size)
+            if not self.affords(then, kept):
+                break
             fresh = [(score * _YIELD, True) for _, score in order[:size]]
             promise = self._promise(sorted(rated + fresh, reverse=True)[:limit], then)
             if promise > rate:
@@ -166,4 +176,5 @@ class Growth:
             start=self.start,
             limit=self.request.limit,
             behind=behind if self.model.is_target else (),
+            ceiling=self.request.ceiling,
         )[1]

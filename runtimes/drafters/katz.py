@@ -7,17 +7,15 @@ tree of the most probable paths, grown best first.
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Sequence
 
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
-from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.drafters.best_first import most_probable_paths
 from skipstone.runtimes.tree import TokenTree
 
 _DISCOUNT = 0.5
 _BRANCHES = 4
-_FLOOR = 0.05
 
 
 class KatzDrafter:
@@ -34,23 +32,13 @@ class KatzDrafter:
         self._extend(prompt)
 
     def propose(self, request: DraftRequest) -> TokenTree:
-        tree = TokenTree()
-        heap: list[tuple[float, int, int, tuple[int, ...]]] = []
-        order = 0
-
-        def spread(node: int, history: tuple[int, ...], score: float) -> None:
-            nonlocal order
-            for token, p in self.successors(history)[:_BRANCHES]:
-                if score * p >= _FLOOR:
-                    order += 1
-                    heapq.heappush(heap, (-score * p, order, node, (*history[-1:], token)))
-
-        spread(ROOT, tuple(request.context[-2:]), 1.0)
-        while heap and len(tree) < request.limit:
-            negative, _, parent, history = heapq.heappop(heap)
-            node = tree.add(history[-1], parent, -negative)
-            spread(node, history, -negative)
-        return tree
+        return most_probable_paths(
+            tuple(request.context[-2:]),
+            lambda history: self.successors(history)[:_BRANCHES],
+            lambda history, token: (*history[-1:], token),
+            limit=request.limit,
+            floor=request.floor,
+        )
 
     def observe(self, observation: Observation) -> None:
         self._extend(observation.context[len(self._text) :])

@@ -24,10 +24,8 @@ class MixedDrafter:
             part.reset(prompt)
 
     def propose(self, request: DraftRequest) -> TokenTree:
-        merged = TokenTree()
-        for part in self._parts:
-            merged = merged.merge(part.propose(request))
-        return merged.best(request.limit)
+        trees = [tree for part in self._parts if len(tree := part.propose(request))]
+        return trees[0].merge(*trees[1:]).best(request.limit) if trees else TokenTree()
 
     def observe(self, observation: Observation) -> None:
         for part in self._parts:

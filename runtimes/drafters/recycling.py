@@ -7,21 +7,19 @@ paper's adjacency matrix, section 3.1). The draft is the tree of its most probab
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
-from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.drafters.best_first import most_probable_paths
 from skipstone.runtimes.sampling import likeliest
 from skipstone.runtimes.tree import TokenTree
 
 _PRIOR = (0.42, 0.13, 0.07, 0.05)
 _LEARNING = 0.03
-_FLOOR = 0.05
 _UNSEEN = -1
 
 
@@ -47,24 +45,13 @@ class RecyclingDrafter:
                 self._matrix[token, 0] = following
 
     def propose(self, request: DraftRequest) -> TokenTree:
-        tree = TokenTree()
-        heap: list[tuple[float, int, int, int]] = []
-        order = 0
-
-        def spread(node: int, token: int, score: float) -> None:
-            nonlocal order
-            for rank, following in enumerate(self._matrix[token].tolist()):
-                expected = score * self._trust[rank]
-                if following == _UNSEEN or expected < _FLOOR:
-                    break
-                order += 1
-                heapq.heappush(heap, (-expected, order, node, following))
-
-        spread(ROOT, request.context[-1], 1.0)
-        while heap and len(tree) < request.limit:
-            negative, _, parent, token = heapq.heappop(heap)
-            spread(tree.add(token, parent, -negative), token, -negative)
-        return tree
+        return most_probable_paths(
+            request.context[-1],
+            self._kept,
+            lambda _, token: token,
+            limit=request.limit,
+            floor=request.floor,
+        )
 
     def observe(self, observation: Observation) -> None:
         self._learn_ranks(observation.context[-observation.fresh - 1 :])
@@ -73,6 +60,12 @@ class RecyclingDrafter:
 
     def close(self) -> None:
         return None
+
+    def _kept(self, token: int) -> Iterator[tuple[int, float]]:
+        for following, trust in zip(self._matrix[token].tolist(), self._trust, strict=True):
+            if following == _UNSEEN:
+                return
+            yield following, trust
 
     def _learn_ranks(self, text: Sequence[int]) -> None:
         """How often the i-th kept successor was the next token."""

@@ -43,7 +43,7 @@ class SampledGrowth:
         guessed = self._push(ahead)
         known = growth.run([growth.row(ROOT), *guessed])
         self._expand(ROOT, known, ahead, ROOT)
-        while wave := growth.next_wave(self._leaves, self._examined, self._fitting()):
+        while wave := growth.next_wave(self._leaves, self._examined, self._fitting(), len(growth.tree)):
             known = growth.run([growth.row(node) for node in wave])
             for node in wave:
                 self._expand(node, known, _NOTHING, ROOT)
@@ -61,7 +61,11 @@ class SampledGrowth:
         if limit < 1:
             return _NOTHING
         reserved = growth.request.reserved + growth.request.limit
-        return source.propose(replace(growth.request, limit=limit, reserved=reserved))
+        ahead = source.propose(replace(growth.request, limit=limit, reserved=reserved))
+        if ahead.distributions:
+            return ahead  # candidates that were drawn must stay
+        scores, request = sorted(ahead.scores, reverse=True), growth.request
+        return ahead.best(request.costs.best_count(scores, 0.0, limit=limit, ceiling=request.ceiling)[0])
 
     def _push(self, ahead: TokenTree) -> list[int]:
         rows: list[int] = []
@@ -82,6 +86,8 @@ class SampledGrowth:
         growth, score = self._growth, self._leaves.pop(node)
         self._examined.add(node)
         count = min(self._branching, growth.request.limit - len(growth.tree))  # before any draw is seen
+        while count and not growth.affords(growth.spent, len(growth.tree) + count):
+            count -= 1
         if growth.deep_enough(node) or count < 1:
             return
         guesses = {ahead.tokens[g]: g for g, parent in enumerate(ahead.parents) if parent == at}

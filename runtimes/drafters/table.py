@@ -12,10 +12,9 @@ table knows it from the start.
 
 from __future__ import annotations
 
-import heapq
 import zipfile
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +23,15 @@ from numpy.typing import NDArray
 
 from skipstone.errors import BundleError
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
-from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.drafters.best_first import most_probable_paths
 from skipstone.runtimes.tree import TokenTree
 
 TABLE_SUFFIX = ".npz"
 ORDERS = (1, 2, 3)
-_FLOOR = 0.05
 _SURE = 0.98
 _LEARNING = 0.05
 _SCALE = 255
+_REMEMBERED = 20_000  # contexts looked up before
 
 
 def context_key(tokens: Sequence[int], vocab_size: int) -> int:
@@ -70,17 +69,27 @@ class NGramTable:
         self._orders = {
             n: _Order(memoryview(keys.data), tokens, f) for n, (keys, tokens, f) in sorted(orders.items())
         }
+        self._found: dict[tuple[int, ...], tuple[int, list[tuple[int, float]]]] = {}
 
     def __len__(self) -> int:
         return sum(len(order.keys) for order in self._orders.values())
 
     def successors(self, history: Sequence[int]) -> tuple[int, list[tuple[int, float]]]:
         """The length of the longest suffix of `history` found (0: none), and its successors, likeliest first."""
-        for length in sorted(self._orders, reverse=True):
-            if len(history) < length:
+        suffix = tuple(history[-max(ORDERS) :])
+        found = self._found.get(suffix)
+        if found is None:
+            if len(self._found) >= _REMEMBERED:
+                self._found.clear()
+            found = self._found[suffix] = self._look_up(suffix)
+        return found
+
+    def _look_up(self, suffix: tuple[int, ...]) -> tuple[int, list[tuple[int, float]]]:
+        for length in range(len(suffix), 0, -1):
+            order = self._orders.get(length)
+            if order is None:
                 continue
-            order = self._orders[length]
-            key = context_key(history[len(history) - length :], self.vocab_size)
+            key = context_key(suffix[len(suffix) - length :], self.vocab_size)
             at = bisect_left(order.keys, key)
             if at < len(order.keys) and order.keys[at] == key:
                 pairs = zip(order.tokens[at].tolist(), order.frequencies[at].tolist(), strict=True)
@@ -139,25 +148,13 @@ class TableDrafter:
         return None
 
     def propose(self, request: DraftRequest) -> TokenTree:
-        tree = TokenTree()
-        heap: list[tuple[float, int, int, tuple[int, ...]]] = []
-        order = 0
-
-        def spread(node: int, history: tuple[int, ...], score: float) -> None:
-            nonlocal order
-            length, successors = self._table.successors(history)
-            for token, frequency in successors:
-                expected = score * min(self._trust[length] * frequency, _SURE)
-                if expected < _FLOOR:
-                    break
-                order += 1
-                heapq.heappush(heap, (-expected, order, node, (*history[-2:], token)))
-
-        spread(ROOT, tuple(request.context[-max(ORDERS) :]), 1.0)
-        while heap and len(tree) < request.limit:
-            negative, _, parent, history = heapq.heappop(heap)
-            spread(tree.add(history[-1], parent, -negative), history, -negative)
-        return tree
+        return most_probable_paths(
+            tuple(request.context[-max(ORDERS) :]),
+            self._successors,
+            lambda history, token: (*history[1 - max(ORDERS) :], token),
+            limit=request.limit,
+            floor=request.floor,
+        )
 
     def observe(self, observation: Observation) -> None:
         """Learn how far the table's frequencies hold for this text, by context length."""
@@ -172,3 +169,8 @@ class TableDrafter:
 
     def close(self) -> None:
         return None
+
+    def _successors(self, history: tuple[int, ...]) -> Iterator[tuple[int, float]]:
+        length, successors = self._table.successors(history)
+        trust = self._trust[length]
+        return ((token, min(trust * frequency, _SURE)) for token, frequency in successors)

@@ -4,9 +4,10 @@ Every way to draft is an arm with a running rate (tokens per second, measured). 
 rate; plain decoding is an arm like the others. Three things keep the promise never to be slower than plain:
 
 - within a round every draft is sized by expected gain (`CostModel.best_count`), and may come out empty;
-- an arm that falls behind plain sleeps, twice as long each time;
-- arms whose trial costs something may only be tried while the time lost on trials so far stays under a small share of
-  all time spent.
+- an arm that falls behind plain sleeps, twice as long each time; while all sleep nothing is computed but the model;
+- every generation keeps an account in plain tokens: what drafting gained and lost. It opens with a small credit, a
+  small share of every token is paid in, and once it is overdrawn only plain decoding goes on. An arm that has gained in
+  every generation of late needs no credit.
 
 The controller is of the kind ONNX Runtime GenAI uses for draft lengths (throughput averaged exponentially, probes with
 a cooldown), over arms instead of lengths; DEL (arXiv 2504.05598) chooses exits by the same tokens-per-cost figure.
@@ -14,22 +15,34 @@ a cooldown), over arms instead of lengths; DEL (arXiv 2504.05598) chooses exits 
 
 from __future__ import annotations
 
+import math
+import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from skipstone.runtimes.costs import CostModel
-from skipstone.runtimes.drafters.base import Drafter, DraftRequest
+from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
 from skipstone.runtimes.drafters.gated import GatedDrafter
 from skipstone.runtimes.engines.base import Engine
-from skipstone.runtimes.generate import Outcome
+from skipstone.runtimes.generate import Choice, Outcome
 from skipstone.runtimes.session import Session
 
 _MEMORY = 0.12  # weight of the newest round
+_WARM_UP = 3  # plain rounds that show what a token really costs here
 _FIRST_NAP = 16  # tokens
 _LONGEST_NAP = 1024
-_LOSS_SHARE = 0.01  # of all time, that trials may cost
-_OUTLIER = 3.0  # a round this much slower than its arm's mean was interrupted from outside
+_RECORD, _RECORDS, _RECORD_ROUNDS = (
+    3,
+    8,
+    6,
+)  # generations that earn trust, are remembered; rounds that make one
+_GAIN = 1.1  # speed-up that each of them must show
+_CREDIT = 0.5  # plain tokens that drafting may lose at once
+_SHARE = 0.01  # of all tokens, that it may lose in the long run
+_STAKE = 1.5  # plain tokens that a round may lose beyond the credit
+_OUTLIER = 2.0  # a round this much slower than foreseen was interrupted from outside
 _HOPE = 1.05  # an untried arm is taken to be this much better than what it builds on
 
 
@@ -43,6 +56,7 @@ class Arm:
         rounds: how often it was taken.
         nap: tokens it will sleep next time.
         asleep_until: count of generated tokens at which it may be tried again.
+        gains: its speed-up in the last generations that used it.
     """
 
     drafter: Drafter | None
@@ -51,6 +65,13 @@ class Arm:
     rounds: int = 0
     nap: int = _FIRST_NAP
     asleep_until: int = 0
+    gains: deque[float] = field(default_factory=lambda: deque(maxlen=_RECORDS))
+    _now: tuple[int, float, float] = (0, 0.0, 0.0)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether every generation of late gained."""
+        return len(self.gains) >= _RECORD and min(self.gains) >= _GAIN
 
     @property
     def rate(self) -> float:
@@ -61,14 +82,22 @@ class Arm:
         """Take in one round; the first few weigh more."""
         self.rounds += 1
         weight = max(_MEMORY, 1.0 / (1.0 + self.rounds))
-        seconds = min(seconds, _OUTLIER * self.seconds)
         self.tokens += weight * (tokens - self.tokens)
         self.seconds += weight * (seconds - self.seconds)
+        self._now = self._now[0] + 1, self._now[1] + tokens, self._now[2] + seconds
 
     def sleep(self, now: int) -> None:
         """Sleep for a while, longer each time in a row."""
         self.asleep_until = now + self.nap
         self.nap = min(2 * self.nap, _LONGEST_NAP)
+
+    def wake(self, plain_rate: float) -> None:
+        """A new text: what was bad for the last one may be good for this."""
+        rounds, tokens, seconds = self._now
+        if rounds >= _RECORD_ROUNDS:
+            self.gains.append(tokens / seconds / plain_rate)
+        self._now = 0, 0.0, 0.0
+        self.asleep_until, self.nap = 0, _FIRST_NAP
 
 
 class AutoPolicy:
@@ -81,47 +110,49 @@ class AutoPolicy:
     """
 
     def __init__(self, engine: Engine, costs: CostModel, text: Drafter) -> None:
-        self._text = text
+        self._text, self._costs = text, costs
         self._plain = Arm(None, 1.0, costs.plain)
         self._gate = GatedDrafter(text)
         self._lookup = Arm(self._gate, _HOPE, costs.plain)
-        self._costs = costs
-        self._staged: list[Arm] = []
+        self._arms = [self._lookup]
         if engine.draft_vocabulary is not None:
-            self._staged = [Arm(EarlyExitDrafter(e, text), 1.0, costs.plain) for e in engine.exits[:-1]]
-        self._generated = 0
-        self._spent = self._lost = 0.0
+            self._arms += [Arm(EarlyExitDrafter(e, text), 1.0, costs.plain) for e in engine.exits[:-1]]
         self._chosen = self._plain
+        self._generated, self._credit, self._stake = 0, _CREDIT, 0.0
 
     def begin(self, prompt: Sequence[int], session: Session) -> None:
         self._text.reset(prompt)
+        self._generated, self._credit = 0, _CREDIT
+        for arm in self._arms:
+            arm.wake(self._plain.rate)
 
-    def next(self, request: DraftRequest) -> Drafter | None:
-        best = self._plain
-        for arm in (self._lookup, *self._staged):
-            if self._may_take(arm) and self._hoped_rate(arm) > best.rate:
-                best = arm
-        self._chosen = best
-        return best.drafter
+    def next(self) -> Choice:
+        self._chosen, self._stake = self._plain, 0.0
+        if self._plain.rounds >= _WARM_UP:
+            best = max((arm for arm in self._arms if self._may_take(arm)), key=self._hoped_rate, default=None)
+            if best is not None and self._hoped_rate(best) > self._plain.rate:
+                self._chosen, self._stake = best, math.inf if best.trusted else self._credit + _STAKE
+        return Choice(self._chosen.drafter, self._stake * self._plain.seconds)
 
     def learn(self, outcome: Outcome) -> None:
         if outcome.observation is None:
             return
         arm, fresh = self._chosen, outcome.observation.fresh
-        drafter = arm.drafter or self._text
-        drafter.observe(outcome.observation)
         self._generated += fresh
-        self._spent += outcome.seconds
-        arm.update(fresh, outcome.seconds)
-        if arm is self._plain:
+        if arm.drafter is None:
+            arm.update(fresh, min(outcome.seconds, _OUTLIER * arm.seconds))
+            self._credit += _SHARE * fresh
             return
+        foreseen = max(arm.seconds, (1.0 + min(self._stake, _STAKE)) * self._plain.seconds)
+        seconds = min(outcome.seconds, _OUTLIER * foreseen)
         if arm is self._lookup and outcome.drafted:
-            self._gate.clocked(
-                self._costs.run(0, self._costs.last_exit, outcome.drafted + 1), outcome.seconds
-            )
-        elif arm is not self._lookup:
-            reference = max(self._plain.rate, self._lookup.rate if self._lookup.rounds else 0.0)
-            self._lost = max(0.0, self._lost + outcome.seconds - fresh / reference)
+            predicted = self._costs.run(0, self._costs.last_exit, outcome.drafted + 1)
+            self._gate.verified(outcome.accepted, predicted, seconds)
+        began = time.perf_counter()
+        arm.drafter.observe(outcome.observation)
+        seconds += time.perf_counter() - began
+        arm.update(fresh, seconds)
+        self._credit += (1.0 + _SHARE) * fresh - seconds / self._plain.seconds
         if arm.rate < self._plain.rate:
             arm.sleep(self._generated)
             arm.tokens = _HOPE * arm.seconds * self._plain.rate  # wakes with the benefit of the doubt
@@ -129,10 +160,8 @@ class AutoPolicy:
             arm.nap = _FIRST_NAP
 
     def _may_take(self, arm: Arm) -> bool:
-        """Awake, and cheap to try or within the budget for trials."""
-        if self._generated < arm.asleep_until:
-            return False
-        return arm is self._lookup or arm.rounds >= 3 or self._lost <= _LOSS_SHARE * self._spent
+        awake = arm.asleep_until <= self._generated
+        return awake and (self._credit > 0.0 or arm.trusted)
 
     def _hoped_rate(self, arm: Arm) -> float:
         """The arm's rate, or for an untried stage a little more than what it builds on."""

@@ -51,6 +51,28 @@ def test_the_best_count_maximises_expected_tokens_per_second(
     assert rates[count] == pytest.approx(rate)
 
 
+@given(
+    costs=models(),
+    scores=st.lists(st.floats(0, 1), max_size=24).map(lambda s: sorted(s, reverse=True)),
+    ceiling=st.floats(0, 1e-1),
+)
+def test_no_round_is_planned_past_its_ceiling(costs: CostModel, scores: list[float], ceiling: float) -> None:
+    count, rate = costs.best_count(scores, 0.0, limit=31, ceiling=ceiling)
+    free, best = costs.best_count(scores, 0.0, limit=31)
+    assert count == 0 or costs.run(0, 6, count + 1) <= ceiling
+    assert rate <= best
+    if all(costs.run(0, 6, n + 1) <= ceiling for n in range(1, len(scores) + 1)):
+        assert count == free
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])
+def test_a_draft_below_the_least_score_never_pays(slope: float) -> None:
+    costs = toy_costs(ToyEngine(), slope=slope)
+    unlikely = [0.99 * costs.least_score] * 31
+    assert costs.best_count(unlikely, 0.0, limit=31)[0] == 0
+    assert costs.least_score == pytest.approx(0.5 * slope)
+
+
 def test_measured_widths_cost_what_was_measured_and_others_lie_between() -> None:
     curve = CostCurve(
         widths=(1, 4, 8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,6 +155,22 @@ def test_drafts_hang_from_text_that_runs_ahead_of_the_session() -> None:
 def test_nothing_is_drafted_where_every_row_costs_full_price() -> None:
     asked = request(ToyEngine(seed=5, sharpness=0.2), 96, 20, 0.0, slope=1.0)
     assert len(EarlyExitDrafter(4, None).propose(asked)) <= 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["exit 2", "text → exit 2"])
+@pytest.mark.parametrize("allowed", [0.2, 1.0, 3.0])
+def test_a_round_keeps_to_its_allowance(name: str, allowed: float, temperature: float) -> None:
+    asked = request(ENGINE, 60, 20, temperature, slope=0.3)
+    costs, free = asked.costs, request(ENGINE, 60, 20, temperature, slope=0.3)
+    drafter = DRAFTERS[name](ENGINE, GrowthOptions())
+    drafter.reset(asked.context)
+    tree = drafter.propose(replace(asked, allowance=allowed * costs.plain))
+    unbound = DRAFTERS[name](ENGINE, GrowthOptions())
+    unbound.reset(free.context)
+    assert len(tree) <= len(unbound.propose(free))
+    least = costs.draft(0, 2, 1) + costs.run(2, costs.last_exit, len(tree) + 1)
+    assert len(tree) == 0 or least <= (1.0 + allowed) * costs.plain
 
 
 def test_an_exit_the_bundle_does_not_have_is_refused() -> None:
