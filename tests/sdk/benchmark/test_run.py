@@ -81,8 +81,8 @@ def test_a_draft_model_is_measured_too_and_its_costs_are_in_the_bound(coder_bund
     assert drafted.identical == len(PROMPTS)
     assert plain.bound is not None
     assert drafted.bound is not None
-    if drafted.drafted:  # drafting with the model itself costs as much as plain decoding
-        assert drafted.bound < 1.1
+    if drafted.drafted:  # drafting with the model itself is dear; verification alone would leave well over this
+        assert drafted.bound < 0.6 * drafted.tokens_per_round
 
 
 def test_a_strategy_that_cannot_run_is_refused(coder_bundle_f32: Path) -> None:
