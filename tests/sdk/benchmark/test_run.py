@@ -81,7 +81,7 @@ def test_a_draft_model_is_measured_too_and_its_costs_are_in_the_bound(coder_bund
     assert drafted.identical == len(PROMPTS)
     assert plain.bound is not None
     assert drafted.bound is not None
-    if drafted.drafted:  # drafting with the model itself is dear; verification alone would leave well over this
+    if drafted.drafted:  # drafting with the model itself is dear
         assert drafted.bound < 0.6 * drafted.tokens_per_round
 
 
