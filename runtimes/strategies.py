@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from skipstone.errors import UsageError
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters import text_drafter
 from skipstone.runtimes.drafters.base import Drafter
+from skipstone.runtimes.drafters.draft_model import DraftModelMaker
 from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
 from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.drafters.mixed import MixedDrafter
@@ -62,7 +63,7 @@ class Materials:
     costs: CostModel
     options: StrategyOptions
     table: NGramTable | None = None
-    draft_model: Callable[[Drafter | None, GrowthOptions], Drafter] | None = None
+    draft_model: DraftModelMaker | None = None
 
     def text_source(self) -> Drafter:
         """The cheapest stage: everything that drafts from text alone, merged."""
@@ -100,7 +101,9 @@ def _text(names: str) -> Callable[[Materials], Policy]:
 
 
 def _layerskip(materials: Materials) -> Policy:
-    return FixedPolicy(EarlyExitDrafter(chosen_exit(materials), None, _shape(materials, guesses=0)))
+    """A chain, as in the paper: an exit's second choices cost more rows than they save."""
+    chain = replace(_shape(materials), guesses=0, branching=1)
+    return FixedPolicy(EarlyExitDrafter(chosen_exit(materials), None, chain))
 
 
 def _staged(materials: Materials) -> Policy:
@@ -147,10 +150,9 @@ def chosen_exit(materials: Materials) -> int:
     return inner[0] if wish is None else wish
 
 
-def _shape(materials: Materials, guesses: int | None = None) -> GrowthOptions:
+def _shape(materials: Materials) -> GrowthOptions:
     options, default = materials.options, GrowthOptions()
     return GrowthOptions(
-        guesses=default.guesses if guesses is None else guesses,
         length=options.num_assistant_tokens,
         confidence=options.assistant_confidence_threshold or default.confidence,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,29 +19,76 @@ _LEARNING = 0.02
 _SURE = 0.995  # no estimate is trusted beyond
 
 
+class Calibration:
+    """What a stated probability is worth: σ(bias + weight·logit p), fitted online (Platt scaling)."""
+
+    def __init__(self, bias: float, weight: float) -> None:
+        self._bias, self._weight = bias, weight
+
+    def estimate(self, p: float) -> float:
+        """The probability to act on."""
+        return _sigmoid(self._bias + self._weight * _logit(p))
+
+    def learn(self, p: float, hit: bool) -> None:
+        """One event of stated probability `p` did or did not happen."""
+        error = float(hit) - self.estimate(p)
+        self._bias = _clip(self._bias + _LEARNING * error, -2.0, 2.0)
+        self._weight = _clip(self._weight + _LEARNING * error * _logit(p) * 0.25, 0.5, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What the stages said of a child when its parent was examined.
+
+    Attributes:
+        token: the child's.
+        before: the stage before's probability, 0 for a child it did not propose.
+        model: this model's probability.
+        left: mass the stage before left to other children; 0 for its own.
+        rank: place among this model's choices.
+    """
+
+    token: int
+    before: float
+    model: float
+    left: float = 0.0
+    rank: int = 0
+
+
 class Trust:
     """How far a stage's opinion moves the estimate of the stage before, learned from verification.
 
     For a child the stage before gives probability s and this model p, the estimate is
     σ(bias + logit s + weight·logit p): logistic pooling of two experts. Children it did not propose share the mass
-    left over, in proportion to p.
+    left over, in proportion to p; what such a share is worth is learned apart for the model's first choice, which
+    proves right more often than it says, and for its further ones, which do less often.
     """
 
     def __init__(self) -> None:
-        self.bias, self.weight, self.own = 0.5, 0.25, 0.7
+        self.bias, self.weight = 0.5, 0.25
+        self._own = (Calibration(0.4, 1.4), Calibration(-0.7, 1.1))
 
     def pooled(self, before: float, model: float) -> float:
         """Estimate for a child both have an opinion on."""
         return _sigmoid(self.bias + _logit(before) + self.weight * _logit(model))
 
-    def learn(self, before: float, model: float, left: float, hit: bool) -> None:
+    def alone(self, share: float, rank: int) -> float:
+        """Estimate for a child that only this model proposes.
+
+        Args:
+            share: its part of the mass left over.
+            rank: 0 for the model's first choice, 1 for its second, …
+        """
+        return self._own[min(rank, 1)].estimate(share)
+
+    def learn(self, opinion: Opinion, hit: bool) -> None:
         """One child of an accepted node: was it the target's token?"""
-        if before > 0.0:
-            error = float(hit) - self.pooled(before, model)
+        if opinion.before > 0.0:
+            error = float(hit) - self.pooled(opinion.before, opinion.model)
             self.bias = _clip(self.bias + _LEARNING * error, -2.0, 2.0)
-            self.weight = _clip(self.weight + _LEARNING * error * _logit(model) * 0.25, 0.0, 1.5)
-        elif left * model > 0.05:
-            self.own = _clip(self.own + _LEARNING * (float(hit) - self.own * left * model), 0.1, 1.1)
+            self.weight = _clip(self.weight + _LEARNING * error * _logit(opinion.model) * 0.25, 0.0, 1.5)
+        else:
+            self._own[min(opinion.rank, 1)].learn(opinion.left * opinion.model, hit)
 
 
 class GreedyGrowth:
@@ -55,7 +103,7 @@ class GreedyGrowth:
         self._growth, self._trust = growth, trust
         self._shares: list[float] = []  # probability of each node given its parent
         self._examined: set[int] = set()
-        self.records: dict[tuple[int, ...], list[tuple[int, float, float, float]]] = {}
+        self.records: dict[tuple[int, ...], list[Opinion]] = {}
 
     def grow(self, source: Drafter | None) -> TokenTree:
         """The tree worth verifying."""
@@ -106,20 +154,20 @@ class GreedyGrowth:
             return
         p = softmax(logits)
         children = {tree.tokens[c]: c for c, parent in enumerate(tree.parents) if parent == node}
-        record: list[tuple[int, float, float, float]] = []
+        record: list[Opinion] = []
         for token, child in children.items():
             model = _probability(p, ids, token)
-            record.append((token, self._shares[child], model, 0.0))
+            record.append(Opinion(token, self._shares[child], model))
             self._shares[child] = self._trust.pooled(self._shares[child], model)
         total = sum(self._shares[child] for child in children.values())
         for child in children.values():
             self._shares[child] *= min(1.0, _SURE / total)
         left = max(0.0, 1.0 - total)
-        for at in likeliest(logits, growth.options.branching):
+        for rank, at in enumerate(likeliest(logits, growth.options.branching)):
             token, model = int(ids[at]), float(p[at])
             if token not in children and model >= growth.options.confidence:
-                record.append((token, 0.0, model, left))
-                self._add(token, node, left * self._trust.own * model)
+                record.append(Opinion(token, 0.0, model, left, rank))
+                self._add(token, node, self._trust.alone(left * model, rank))
         self.records[tuple(tree.path_tokens(node))] = record
 
     def _rescore(self) -> None:
@@ -164,8 +212,8 @@ class GreedyGrowth:
     def learn(self, fresh: Sequence[int]) -> None:
         """Take in the tokens verification found to follow the context."""
         for depth, token in enumerate(fresh):
-            for child, before, model, left in self.records.get(tuple(fresh[:depth]), ()):
-                self._trust.learn(before, model, left, child == token)
+            for opinion in self.records.get(tuple(fresh[:depth]), ()):
+                self._trust.learn(opinion, opinion.token == token)
 
 
 def _probability(p: NDArray[np.float64], ids: NDArray[np.int32], token: int) -> float:

@@ -33,12 +33,11 @@ _MEMORY = 0.12  # weight of the newest round
 _WARM_UP = 3  # plain rounds that show what a token really costs here
 _FIRST_NAP = 16  # tokens
 _LONGEST_NAP = 1024
-_RECORD, _RECORDS, _RECORD_ROUNDS = (
-    3,
-    8,
-    6,
-)  # generations that earn trust, are remembered; rounds that make one
+_RECORDS = 8  # generations whose gain is remembered
+_RECORD = 3  # of them earn trust
+_RECORD_ROUNDS = 6  # rounds that make a generation's gain worth remembering
 _GAIN = 1.1  # speed-up that each of them must show
+_STRONG_GAIN = 1.5  # speed-up of which a single one is enough
 _CREDIT = 0.5  # plain tokens that drafting may lose at once
 _SHARE = 0.01  # of all tokens, that it may lose in the long run
 _STAKE = 1.5  # plain tokens that a round may lose beyond the credit
@@ -57,6 +56,7 @@ class Arm:
         nap: tokens it will sleep next time.
         asleep_until: count of generated tokens at which it may be tried again.
         gains: its speed-up in the last generations that used it.
+        generation: rounds, tokens and seconds of the present one.
     """
 
     drafter: Drafter | None
@@ -66,12 +66,13 @@ class Arm:
     nap: int = _FIRST_NAP
     asleep_until: int = 0
     gains: deque[float] = field(default_factory=lambda: deque(maxlen=_RECORDS))
-    _now: tuple[int, float, float] = (0, 0.0, 0.0)
+    generation: tuple[int, float, float] = (0, 0.0, 0.0)
 
     @property
     def trusted(self) -> bool:
-        """Whether every generation of late gained."""
-        return len(self.gains) >= _RECORD and min(self.gains) >= _GAIN
+        """Whether every generation of late gained: several of them a little, or even one of them much."""
+        least = min(self.gains, default=0.0)
+        return least >= (_GAIN if len(self.gains) >= _RECORD else _STRONG_GAIN)
 
     @property
     def rate(self) -> float:
@@ -84,7 +85,8 @@ class Arm:
         weight = max(_MEMORY, 1.0 / (1.0 + self.rounds))
         self.tokens += weight * (tokens - self.tokens)
         self.seconds += weight * (seconds - self.seconds)
-        self._now = self._now[0] + 1, self._now[1] + tokens, self._now[2] + seconds
+        so_far = self.generation
+        self.generation = so_far[0] + 1, so_far[1] + tokens, so_far[2] + seconds
 
     def sleep(self, now: int) -> None:
         """Sleep for a while, longer each time in a row."""
@@ -93,10 +95,10 @@ class Arm:
 
     def wake(self, plain_rate: float) -> None:
         """A new text: what was bad for the last one may be good for this."""
-        rounds, tokens, seconds = self._now
+        rounds, tokens, seconds = self.generation
         if rounds >= _RECORD_ROUNDS:
             self.gains.append(tokens / seconds / plain_rate)
-        self._now = 0, 0.0, 0.0
+        self.generation = 0, 0.0, 0.0
         self.asleep_until, self.nap = 0, _FIRST_NAP
 
 

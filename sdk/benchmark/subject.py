@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from skipstone.benchmark.meter import MeteredEngine, part_bytes
 from skipstone.bundle import Bundle, CostCurve, open_bundle
 from skipstone.devices.cost import measure
 from skipstone.model import load_draft_table
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
-from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, check_vocabularies
+from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftModelMaker, check_vocabularies
 from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.generate import Policy
@@ -101,7 +99,7 @@ def runnable_strategies(target: Subject) -> tuple[str, ...]:
     return ("plain", *text, *inner, "auto")
 
 
-def _maker(draft: Subject) -> Callable[[Drafter | None, GrowthOptions], Drafter]:
+def _maker(draft: Subject) -> DraftModelMaker:
     name = draft.bundle.manifest.model.name
 
     def make(source: Drafter | None, shape: GrowthOptions) -> Drafter:

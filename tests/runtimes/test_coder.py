@@ -11,6 +11,7 @@ import pytest
 
 import skipstone.runtimes.generate as generate_module
 import skipstone.runtimes.policies.auto as auto_module
+from skipstone.benchmark.lossless import first_difference
 from skipstone.bundle import Bundle, CostCurve, open_bundle
 from skipstone.exporters.checkpoint import open_checkpoint
 from skipstone.exporters.formats.gguf.schemes import SCHEMES as EXPORT_SCHEMES
@@ -111,7 +112,8 @@ class Opened:
             if found == plain:
                 continue
             assert not self.exact, "f32 must agree token by token"
-            at = next(i for i, (a, b) in enumerate(zip(found, plain, strict=True)) if a != b)
+            at = first_difference(plain, found)
+            assert at is not None
             assert self.gap([*prompt, *plain[:at]], plain[at], found[at]) <= self.margin
         assert accepted > 5, "nothing was drafted, so nothing was shown"
 

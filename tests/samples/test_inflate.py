@@ -1,6 +1,7 @@
 """Zero-padding to a bigger shape leaves the function as it was."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from samples import inflate
 from samples.inflate import Shape, layer_places, main, place_exit
 from skipstone.errors import CheckpointError, ExportError, UsageError
 from skipstone.exporters.checkpoint import open_checkpoint
+from skipstone.exporters.draft_table import DRAFT_TABLE_FILE
+from skipstone.exporters.draft_vocabulary import FREQUENCIES_FILE
 from skipstone.exporters.pipeline import export_checkpoint
 from tests.exporters.tiny import CASES, VOCAB_SIZE, Case, make_checkpoint
 
+CODER = Path(__file__).parents[2] / "samples/models/coder"
 BIGGER = Shape(layers=6, hidden=96, heads=12, kv_heads=3, feed_forward=160, head_dim=32)
 _GROUPS = Case("LlamaForCausalLM", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32})
 
@@ -48,6 +52,16 @@ def test_the_recorded_exits_compute_what_they_did(checkpoint: Path, tmp_path: Pa
     exits = json.loads((tmp_path / "big" / "exits.json").read_text())["exits"]
     for original, moved in zip((1, 3), exits, strict=True):
         np.testing.assert_allclose(logits(tmp_path / "big", moved), logits(checkpoint, original), atol=1e-4)
+
+
+def test_what_drafting_needs_comes_along(checkpoint: Path, tmp_path: Path) -> None:
+    """Without the table and the frequencies the bigger model would draft worse than the one it stands for."""
+    shutil.copytree(checkpoint, tmp_path / "tiny")
+    for name in (DRAFT_TABLE_FILE, FREQUENCIES_FILE):
+        shutil.copy(CODER / name, tmp_path / "tiny")
+    inflate.inflate(open_checkpoint(tmp_path / "tiny"), BIGGER, tmp_path / "big", torch.float32)
+    for name in (DRAFT_TABLE_FILE, FREQUENCIES_FILE):
+        assert (tmp_path / "big" / name).read_bytes() == (tmp_path / "tiny" / name).read_bytes()
 
 
 def test_a_padded_checkpoint_can_be_exported_at_those_exits(checkpoint: Path, tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ class Scheme:
     file_type: int
     bits: float
     min_agreement: float
-    needs_imatrix: bool = False
 
 
 SCHEMES = {
