@@ -20,6 +20,7 @@ from typing import Any
 from skipstone import errors
 from skipstone.errors import ExportError, SkipstoneError
 
+_SMALL = 200_000_000
 _TAIL = 400
 
 
@@ -55,6 +56,15 @@ def run_isolated(function: str, /, **arguments: Any) -> Any:
                 hint="the files may be damaged, or this build of the engine cannot run them",
             )
         return _read(json.loads(answer.read_text(encoding="utf-8")))
+
+
+def num_threads(num_bytes: int) -> int:
+    """One per core this process may use, but a single one for a small model: there, waiting for each other
+    costs more.
+    """
+    if num_bytes < _SMALL:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _read(answer: dict[str, Any]) -> Any:

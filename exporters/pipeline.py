@@ -26,7 +26,6 @@ from skipstone.bundle import (
     open_bundle,
     write_manifest,
 )
-from skipstone.errors import ExportError
 from skipstone.exporters.formats import Artefacts, ExportOptions, Progress, Step, exporter_of
 from skipstone.exporters.selftest import SelfTest, run_self_test
 
@@ -40,7 +39,9 @@ _UNTESTED = Parity(
     near_tie_margin=0.0,
 )
 _SCRATCH = ".scratch"
-_STEPS = ("read", "write", "calibrate", "quantise", "split", "draft head", "hash", "self-test")
+_STEPS = (
+    "read", "write", "calibrate", "quantise", "trace", "lower", "save", "split", "draft head", "hash", "self-test",
+)  # fmt: skip
 
 
 def export_checkpoint(
@@ -54,6 +55,7 @@ def export_checkpoint(
     draft_vocab_size: int | None = None,
     draft_text: str | os.PathLike[str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
+    context_length: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -64,13 +66,14 @@ def export_checkpoint(
         output: folder of the bundle.
         device: name of a device profile.
         format: name of a format (`skipstone.exporters.formats.FORMATS`).
-        quantize: scheme; None: q8_0, or for a .gguf the one it has.
+        quantize: scheme; None: q8_0 (gguf) or 8da4w (executorch), or for a .gguf the one it has.
         exits: layer counts to cut at; None: those recorded with the checkpoint, or a default by depth; (): no
             cuts.
         draft_vocab_size: rows of the draft head; None: a quarter of the vocabulary; 0: all of it.
         draft_text: text in which tokens are counted to choose the draft head's rows, and n-grams for the draft
             table; None: what was recorded with the checkpoint, if anything.
         imatrix: calibration text for an importance matrix.
+        context_length: positions to plan K/V for, in formats that fix them at export; None: at most 512.
         overwrite: replace a bundle that stands at `output`.
         progress: told of every step as it begins.
 
@@ -92,6 +95,7 @@ def export_checkpoint(
         draft_text=None if draft_text is None else Path(draft_text),
         imatrix=None if imatrix is None else Path(imatrix),
         threads=_num_threads(),
+        context_length=context_length,
     )
     target = Path(output)
     step = _Reporter(progress)
@@ -100,7 +104,7 @@ def export_checkpoint(
         scratch.mkdir()
         artefacts = exporter(os.fspath(source), options, folder, scratch, step)
         step("hash")
-        manifest = _manifest(os.fspath(source), device, format, artefacts, folder)
+        manifest = _manifest(os.fspath(source), device, artefacts, folder)
         write_manifest(folder, manifest)
         step("self-test")
         parity = run_self_test(folder, _self_test(artefacts), scratch)
@@ -122,7 +126,7 @@ class _Reporter:
 
 def _self_test(artefacts: Artefacts) -> SelfTest:
     return SelfTest(
-        whole=artefacts.whole,
+        oracle=artefacts.oracle,
         reference=artefacts.reference,
         tokens=artefacts.probe,
         min_agreement=artefacts.min_agreement,
@@ -130,17 +134,11 @@ def _self_test(artefacts: Artefacts) -> SelfTest:
     )
 
 
-def _manifest(source: str, device: str, format_name: str, artefacts: Artefacts, folder: Path) -> Manifest:
-    if format_name != "gguf":
-        raise ExportError(f"--format {format_name}: the manifest knows only gguf")
-    return Manifest(
-        format="gguf",
+def _manifest(source: str, device: str, artefacts: Artefacts, folder: Path) -> Manifest:
+    return artefacts.manifest(
         device=device,
         model=artefacts.model,
         exits=artefacts.exits,
-        segments=artefacts.segments,
-        embedding=artefacts.embedding,
-        draft_head=artefacts.draft_head,
         draft_table=artefacts.draft_table,
         quantization=artefacts.quantization,
         parity=_UNTESTED,

@@ -16,10 +16,11 @@ The engine runs in a process of its own, so that a crash becomes an error that s
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,8 @@ from numpy.typing import NDArray
 from skipstone.bundle import Parity
 from skipstone.errors import ExportError
 from skipstone.exporters.checkpoint import quiet_loading
-from skipstone.exporters.isolation import run_isolated
+from skipstone.exporters.formats import Oracle
+from skipstone.exporters.isolation import num_threads, run_isolated
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.rows import RowTree
 from skipstone.runtimes.session import Session
@@ -47,12 +49,20 @@ _DRAFT_HEAD_TOLERANCE = 0.05
 _HEAD_ROWS = 512
 
 
+class UncutModel(Protocol):
+    """See `skipstone.exporters.formats.Oracle`."""
+
+    def logits(self, tokens: Sequence[int]) -> FloatArray: ...
+
+    def draft_logits(self, hidden: FloatArray, token_ids: NDArray[np.int32]) -> FloatArray: ...
+
+
 @dataclass(frozen=True)
 class SelfTest:
     """What to compare with.
 
     Attributes:
-        whole: the uncut model.
+        oracle: the uncut model.
         reference: checkpoint folder; None: there is none.
         tokens: the probe.
         min_agreement: share of positions at which the best token must be the reference's.
@@ -60,7 +70,7 @@ class SelfTest:
             counts.
     """
 
-    whole: Path
+    oracle: Oracle
     reference: Path | None
     tokens: tuple[int, ...]
     min_agreement: float
@@ -103,7 +113,8 @@ def run_self_test(folder: Path, test: SelfTest, scratch: Path) -> Parity:
     answer = run_isolated(
         "skipstone.exporters.selftest:measure",
         folder=str(folder),
-        whole=str(test.whole),
+        oracle=test.oracle.made_by,
+        oracle_arguments=test.oracle.arguments,
         reference=None if reference is None else str(reference),
         tokens=list(test.tokens),
     )
@@ -170,37 +181,38 @@ def reference_logits(checkpoint: Path, tokens: Sequence[int]) -> FloatArray:
     return np.asarray(logits.numpy(), np.float32)
 
 
-def measure(folder: str, whole: str, reference: str | None, tokens: list[int]) -> dict[str, object]:
+def measure(
+    folder: str, oracle: str, oracle_arguments: dict[str, str], reference: str | None, tokens: list[int]
+) -> dict[str, object]:
     """Run the unfinished bundle; see the module. Called through `run_isolated`.
 
     Returns:
         The fields of `Measured`.
     """
     from skipstone.bundle import open_bundle
-    from skipstone.exporters.formats.gguf.library import num_threads, whole_model
     from skipstone.runtimes.engines import EngineOptions, open_engine
-    from skipstone.runtimes.engines.llamacpp.trust import repacking_is_safe
 
     bundle = open_bundle(folder, verify_hashes=False)
     threads = num_threads(sum(entry.size for entry in bundle.manifest.files))
+    module, name = oracle.split(":")
+    uncut: UncutModel = getattr(importlib.import_module(module), name)(bundle, **oracle_arguments)
     engine = open_engine(bundle, EngineOptions(kv_type="f32", threads=threads))
     at_once = _in_widths(engine, tokens, len(tokens))
-    with whole_model(Path(whole), len(tokens), repack=repacking_is_safe(bundle)) as model:
-        uncut = model.logits(tokens)
+    whole = uncut.logits(tokens)
     expected = None if reference is None else np.load(reference)
     measured = Measured(
         finite=bool(np.isfinite(at_once).all()),
         spread=float(at_once.std()),
         reference=None if expected is None else _difference(at_once, expected),
         agreement=None if expected is None else float((at_once.argmax(-1) == expected.argmax(-1)).mean()),
-        split=_difference(at_once, uncut),
-        split_rms=float(np.sqrt(((at_once - uncut) ** 2).mean())),
+        split=_difference(at_once, whole),
+        split_rms=float(np.sqrt(((at_once - whole) ** 2).mean())),
         draft_verify=max(
             (_difference(at_once[: len(x)], x) for x in _drafted_then_verified(engine, tokens)), default=0.0
         ),
         width_noise=_width_noise(engine, tokens),
         jitter=_jitter(engine, tokens),
-        draft_head=_draft_head_error(engine, tokens, Path(whole)),
+        draft_head=_draft_head_error(engine, tokens, uncut),
     )
     engine.close()
     return asdict(measured)
@@ -256,22 +268,17 @@ def _jitter(engine: Engine, tokens: Sequence[int]) -> float:
     return worst
 
 
-def _draft_head_error(engine: Engine, tokens: Sequence[int], whole: Path) -> float:
-    """Largest relative error of the draft head over the inner exits, against its definition computed with
-    numpy.
-
-    Definition: logits = W · (h / rms(h) * g), W the head's rows of the draft vocabulary, g the norm's gain.
-    """
+def _draft_head_error(engine: Engine, tokens: Sequence[int], uncut: UncutModel) -> float:
+    """Largest relative error of the draft head over the inner exits, against its definition."""
     if engine.draft_vocabulary is None:
         return 0.0
     sample = slice(None, None, -(-len(engine.draft_vocabulary) // _HEAD_ROWS))
-    rows, gain, eps = head_rows(whole, engine.draft_vocabulary[sample])
     worst = 0.0
     cache = engine.open_cache(_context_length(engine, tokens), RowTree())
     for segment, hidden in _segment_by_segment(engine, tokens, None):
         if segment < len(engine.exits) - 1:
             found = cache.draft_logits(list(hidden))[:, sample]
-            expected = hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + eps) * gain @ rows.T
+            expected = uncut.draft_logits(hidden, engine.draft_vocabulary[sample])
             worst = max(worst, float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
     cache.close()
     return worst
@@ -295,23 +302,6 @@ def _segment_by_segment(
             tree.progress[row] = segment + 1
         yield segment, state
     cache.close()
-
-
-def head_rows(whole: Path, token_ids: NDArray[np.int32]) -> tuple[FloatArray, FloatArray, float]:
-    """The LM head's rows of some tokens [n, hidden_size], the final norm's gain [hidden_size] and epsilon."""
-    import gguf
-
-    from skipstone.exporters.formats.gguf.parts import GgufModel
-
-    model = GgufModel(whole)
-    part = model.parts.get("output.weight", model.parts["token_embd.weight"])
-    rows = gguf.quants.dequantize(np.ascontiguousarray(part.data()[token_ids]), part.type)
-    gain = model.parts["output_norm.weight"].data()
-    return (
-        np.asarray(rows, np.float32),
-        np.asarray(gain, np.float32),
-        float(model.fact("attention.layer_norm_rms_epsilon")),
-    )
 
 
 def _context_length(engine: Engine, tokens: Sequence[int]) -> int:

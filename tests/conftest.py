@@ -37,6 +37,26 @@ def export_coder(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def coder_bundle_executorch(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the reference model's ExecuTorch bundle in f32."""
+    return _export_executorch(coder_checkpoint, tmp_path_factory, "none")
+
+
+@pytest.fixture(scope="session")
+def coder_bundle_executorch_8da4w(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the reference model's ExecuTorch bundle in 8da4w."""
+    return _export_executorch(coder_checkpoint, tmp_path_factory, "8da4w")
+
+
+def _export_executorch(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, scheme: str) -> Path:
+    from skipstone.exporters.pipeline import export_checkpoint
+
+    output = tmp_path_factory.mktemp("executorch") / scheme
+    export_checkpoint(checkpoint, output, format="executorch", quantize=scheme)
+    return output
+
+
+@pytest.fixture(scope="session")
 def coder_bundle_f32(export_coder: Export) -> Path:
     """Folder of the reference model's bundle in f32."""
     return export_coder("f32")

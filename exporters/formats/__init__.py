@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from skipstone.bundle import DraftHeadEntry, EmbeddingEntry, ModelFacts, Quantization, SegmentEntry
+from skipstone.bundle import Manifest, ModelFacts, Quantization
 from skipstone.errors import UsageError
 
 
@@ -32,12 +32,13 @@ class ExportOptions:
     """What the user asked for; None means the default, which may depend on the model.
 
     Attributes:
-        quantize: scheme; None: q8_0 for a checkpoint, what a .gguf has.
+        quantize: scheme; None: the format's default, or what a .gguf has.
         exits: layer counts to cut at; empty: no cuts.
         draft_vocab_size: rows of the draft head; 0: the whole vocabulary.
         draft_text: text to count tokens and n-grams in.
         imatrix: calibration text for the importance matrix.
         threads: CPU threads.
+        context_length: positions to plan K/V for, where the format fixes them.
     """
 
     quantize: str | None = None
@@ -46,6 +47,19 @@ class ExportOptions:
     draft_text: Path | None = None
     imatrix: Path | None = None
     threads: int = 2
+    context_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What the self-test compares the artefact with: a class (`module:Class`) and the arguments to make it with.
+
+    Its instances have `logits(tokens)`, float32 [n, vocab_size] of the uncut model in the same quantisation, and
+    `draft_logits(hidden, token_ids)`, the final norm and those rows of the head over hidden states [n, hidden_size].
+    """
+
+    made_by: str
+    arguments: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -53,8 +67,9 @@ class Artefacts:
     """What a format wrote: the manifest's parts, and what the self-test compares with.
 
     Attributes:
+        manifest: makes the format's manifest from the keys that all formats share.
         files: names of every file of the bundle.
-        whole: the uncut model in the same quantisation, for the self-test alone; the caller deletes it.
+        oracle: the uncut model in the same quantisation, for the self-test alone.
         probe: token ids for the self-test.
         reference: checkpoint folder to compare with; None where there is none.
         min_agreement: share of positions at which the best token must be the reference's.
@@ -65,13 +80,11 @@ class Artefacts:
 
     model: ModelFacts
     exits: tuple[int, ...]
-    segments: tuple[SegmentEntry, ...]
-    embedding: EmbeddingEntry
-    draft_head: DraftHeadEntry | None
+    manifest: Callable[..., Manifest]
     draft_table: str | None
     quantization: Quantization
     files: tuple[str, ...]
-    whole: Path
+    oracle: Oracle
     probe: tuple[int, ...]
     reference: Path | None
     min_agreement: float
@@ -88,7 +101,10 @@ class Exporter(Protocol):
     ) -> Artefacts: ...
 
 
-FORMATS = {"gguf": "skipstone.exporters.formats.gguf.exporter:export_gguf"}
+FORMATS = {
+    "gguf": "skipstone.exporters.formats.gguf.exporter:export_gguf",
+    "executorch": "skipstone.exporters.formats.executorch.exporter:export_executorch",
+}
 
 
 def exporter_of(name: str) -> Exporter:

@@ -31,7 +31,13 @@ def _llamacpp(bundle: Bundle, options: EngineOptions) -> Engine:
     return LlamaCppEngine(bundle, options)
 
 
-ENGINES: dict[str, Callable[[Bundle, EngineOptions], Engine]] = {"gguf": _llamacpp}
+def _executorch(bundle: Bundle, options: EngineOptions) -> Engine:
+    from skipstone.runtimes.engines.executorch import ExecuTorchEngine
+
+    return ExecuTorchEngine(bundle, options)
+
+
+ENGINES: dict[str, Callable[[Bundle, EngineOptions], Engine]] = {"gguf": _llamacpp, "executorch": _executorch}
 
 
 def open_engine(bundle: Bundle, options: EngineOptions | None = None) -> Engine:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle, SegmentEntry
+from skipstone.bundle import Bundle, ExecuTorchManifest, ProgramEntry, SegmentEntry
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.engines.base import Cache, Engine
 from skipstone.runtimes.engines.llamacpp.embedding import table_bytes
@@ -29,6 +29,8 @@ class PartBytes:
 def part_bytes(bundle: Bundle) -> PartBytes:
     """Sizes of a bundle's parts. A table that only serves to look embeddings up is not counted."""
     manifest = bundle.manifest
+    if isinstance(manifest, ExecuTorchManifest):
+        return _method_bytes(manifest.program, len(manifest.exits) + 1)
     sizes = {entry.path: entry.size for entry in manifest.files}
     table = manifest.embedding
     lookup_only = 0 if manifest.model.tied_embeddings else table_bytes(table)
@@ -38,6 +40,13 @@ def part_bytes(bundle: Bundle) -> PartBytes:
 
     head = 0 if manifest.draft_head is None else sizes[manifest.draft_head.file]
     return PartBytes(tuple(size(segment) for segment in manifest.segments), head)
+
+
+def _method_bytes(program: ProgramEntry, num_segments: int) -> PartBytes:
+    """The last segment is read together with the head."""
+    segments = [program.weight_bytes(f"segment_{index}") for index in range(num_segments)]
+    segments[-1] += program.weight_bytes("head")
+    return PartBytes(tuple(segments), program.weight_bytes("draft_head"))
 
 
 @dataclass

@@ -25,10 +25,13 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="Hugging Face folder, hub name, or a .gguf file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     device: Annotated[str, typer.Option(help="Device profile; `skipstone devices` lists them.")] = "cpu",
-    format: Annotated[str, typer.Option(help="Artefact format.")] = "gguf",
+    format: Annotated[str, typer.Option(help="gguf or executorch.")] = "gguf",
     quantize: Annotated[
         str | None,
-        typer.Option(help="none, f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_xs, …", show_default="q8_0"),
+        typer.Option(
+            help="gguf: none, f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_xs, …; executorch: none, 8da4w, 8da8w.",
+            show_default="q8_0, 8da4w",
+        ),
     ] = None,
     exits: Annotated[
         str | None,
@@ -41,6 +44,10 @@ def export(
         Path | None, typer.Option(help="Text like what will be generated, to count drafts from.")
     ] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Calibration text for an importance matrix.")] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(help="Positions to plan K/V for (executorch).", show_default="the model's, at most 512"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --output.")] = False,
     json: ManifestJson = False,
 ) -> None:
@@ -59,6 +66,7 @@ def export(
             draft_vocab_size=draft_vocab_size,
             draft_text=draft_text,
             imatrix=imatrix,
+            context_length=context_length,
             overwrite=overwrite,
             progress=report,
         )

@@ -50,18 +50,7 @@ def _facts(manifest: Manifest) -> Table:
 
 
 def _files(manifest: Manifest) -> Table:
-    roles = {
-        segment.file: f"layers {segment.first}–{segment.stop - 1}, gives "
-        + ("logits" if segment.output == "logits" else f"hidden states ({segment.output})")
-        for segment in manifest.segments
-    }
-    roles[manifest.embedding.file] += f", embeddings ({manifest.embedding.type})"
-    roles[manifest.tokenizer] = "tokenizer"
-    if manifest.draft_head is not None:
-        roles[manifest.draft_head.file] = f"draft head, {manifest.draft_head.rows} tokens"
-        roles[manifest.draft_head.vocabulary] = "draft head's token ids"
-    if manifest.draft_table is not None:
-        roles[manifest.draft_table] = "n-gram table to draft from"
+    roles = manifest.contents
     table = Table("file", "holds", "MB", "sha256", title="Files", title_justify="left")
     table.columns[2].justify = "right"
     for entry in manifest.files:

@@ -21,7 +21,7 @@ from skipstone.errors import (
     SkipstoneError,
     UsageError,
 )
-from skipstone.exporters import isolation
+from skipstone.exporters import facts, isolation
 from skipstone.exporters.checkpoint import open_checkpoint
 from skipstone.exporters.formats import Step
 from skipstone.exporters.formats.gguf import exporter
@@ -326,7 +326,7 @@ class TestRefusals:
         self, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         usage = shutil.disk_usage("/")
-        monkeypatch.setattr(exporter.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+        monkeypatch.setattr(facts.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
         with pytest.raises(ExportError, match=r"0\.0 GB free"):
             export_checkpoint(tiny("llama"), self.output)
 

@@ -93,8 +93,24 @@ def tiny_qwen_bundle(tiny_qwen_checkpoint: Path, tmp_path_factory: pytest.TempPa
     return _export(tiny_qwen_checkpoint, tmp_path_factory)
 
 
-def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+@pytest.fixture(scope="session")
+def tiny_executorch_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The Llama as an ExecuTorch bundle, cut alike."""
+    return _export(tiny_checkpoint, tmp_path_factory, "executorch")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_executorch_bundle(
+    tiny_qwen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The Qwen3 as an ExecuTorch bundle, cut alike."""
+    return _export(tiny_qwen_checkpoint, tmp_path_factory, "executorch")
+
+
+def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, format: str = "gguf") -> Bundle:
     from skipstone.exporters.pipeline import export_checkpoint
 
     output = tmp_path_factory.mktemp("bundles") / checkpoint.name
-    return export_checkpoint(checkpoint, output, quantize="f32", exits=(1, 2), draft_vocab_size=128)
+    return export_checkpoint(
+        checkpoint, output, format=format, quantize="none", exits=(1, 2), draft_vocab_size=128
+    )

@@ -12,7 +12,7 @@ from skipstone.bundle import (
     CostCurve,
     DraftHeadEntry,
     EmbeddingEntry,
-    Manifest,
+    GgufManifest,
     ModelFacts,
     Parity,
     Provenance,
@@ -54,7 +54,7 @@ def write_bundle(folder: Path, *, context_length: int = 512) -> Bundle:
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     for index, name in enumerate(FILES[:-1]):
         (folder / name).write_bytes(bytes(range(16 + index)))
-    manifest = Manifest(
+    manifest = GgufManifest(
         format="gguf",
         device="cpu",
         model=ModelFacts(

@@ -9,28 +9,38 @@ model.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from skipstone.bundle import DraftHeadEntry, EmbeddingEntry, ModelFacts, Quantization, SegmentEntry, hash_file
-from skipstone.errors import CheckpointError, ExportError, UsageError
-from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
-from skipstone.exporters.draft_table import DRAFT_TABLE_FILE, count_table
-from skipstone.exporters.draft_vocabulary import (
-    FREQUENCIES_FILE,
-    choose_tokens,
-    count_tokens,
-    read_frequencies,
+from skipstone.bundle import (
+    DraftHeadEntry,
+    EmbeddingEntry,
+    GgufManifest,
+    ModelFacts,
+    Quantization,
+    SegmentEntry,
+    hash_file,
 )
+from skipstone.errors import CheckpointError, UsageError
+from skipstone.exporters.checkpoint import open_checkpoint
+from skipstone.exporters.draft_material import DraftMaterial, write_vocabulary
 from skipstone.exporters.exits import check_exits, default_exits, recorded_exits
-from skipstone.exporters.formats import Artefacts, ExportOptions
+from skipstone.exporters.facts import (
+    TOKENIZER_FILE,
+    adds_bos,
+    check_disk_space,
+    checkpoint_facts,
+    hash_checkpoint,
+    load_tokenizer,
+    num_weights,
+    read_text,
+)
+from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle
 from skipstone.exporters.formats.gguf import cut, vocabulary
 from skipstone.exporters.formats.gguf.mapping import decoder_of
 from skipstone.exporters.formats.gguf.parts import GgufModel
@@ -38,11 +48,9 @@ from skipstone.exporters.formats.gguf.schemes import FLOATS, SCHEMES, Scheme, sc
 from skipstone.exporters.formats.gguf.whole import native_float_type, write_whole
 from skipstone.exporters.isolation import run_isolated
 from skipstone.exporters.probe import probe_tokens
-from skipstone.runtimes.drafters.table import NGramTable
 
 _EXACT_TOLERANCE = 1e-3
-_TOKENIZER = "tokenizer.json"
-_DRAFT_HEAD, _DRAFT_VOCABULARY = "draft-head.gguf", "draft-vocabulary.i32"
+_DRAFT_HEAD = "draft-head.gguf"
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,6 @@ class Prepared:
     facts: ModelFacts
     tokenizer: Tokenizer
     exits: tuple[int, ...] | None
-    frequencies: Mapping[int, int] | None
-    table: Path | None
     reference: Path | None
     source_sha256: str
     imatrix_sha256: str | None
@@ -85,26 +91,34 @@ def export_gguf(
     step("split")
     segments = _write_segments(model, exits, folder)
     step("draft head")
-    text = _draft_text(options, prepared.tokenizer)
-    draft_head = _write_draft_head(model, prepared, options, text, folder) if exits else None
-    draft_table = _write_draft_table(prepared, text, folder)
-    prepared.tokenizer.save(str(folder / _TOKENIZER))
+    material = DraftMaterial.find(prepared.reference, options.draft_text, prepared.tokenizer)
+    draft_head = None
+    if exits:
+        tokens = material.choose_tokens(prepared.facts, options.draft_vocab_size)
+        cut.write_draft_head(model, tokens, folder / _DRAFT_HEAD)
+        vocabulary_file = write_vocabulary(tokens, folder)
+        draft_head = DraftHeadEntry(file=_DRAFT_HEAD, vocabulary=vocabulary_file, rows=len(tokens))
+    draft_table = material.write_table(prepared.facts, folder)
+    prepared.tokenizer.save(str(folder / TOKENIZER_FILE))
     table_files = [] if draft_table is None else [draft_table]
     head_files = [] if draft_head is None else [draft_head.file, draft_head.vocabulary]
     return Artefacts(
         model=prepared.facts,
         exits=exits,
-        segments=segments,
-        embedding=_embedding_entry(folder, segments[-1].file),
-        draft_head=draft_head,
+        manifest=partial(
+            GgufManifest,
+            segments=segments,
+            embedding=_embedding_entry(folder, segments[-1].file),
+            draft_head=draft_head,
+        ),
         draft_table=draft_table,
         quantization=Quantization(
             scheme=prepared.scheme.name,
             imatrix_sha256=prepared.imatrix_sha256,
             bits_per_weight=_bits_per_weight(model),
         ),
-        files=(*(segment.file for segment in segments), *head_files, *table_files, _TOKENIZER),
-        whole=prepared.whole,
+        files=(*(segment.file for segment in segments), *head_files, *table_files, TOKENIZER_FILE),
+        oracle=Oracle("skipstone.exporters.formats.gguf.oracle:UncutGguf", {"whole": str(prepared.whole)}),
         probe=probe_tokens(prepared.tokenizer, prepared.facts.vocab_size, prepared.facts.context_length),
         reference=prepared.reference,
         min_agreement=prepared.scheme.min_agreement,
@@ -120,26 +134,24 @@ def _from_checkpoint(
     checkpoint = open_checkpoint(source)
     decoder = decoder_of(checkpoint)
     scheme = scheme_of(options.quantize or "q8_0")
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     float_type = scheme.name if scheme.name in FLOATS else native_float_type(checkpoint)
-    weights = _num_weights(checkpoint)
-    _check_disk_space(scratch, weights, max(SCHEMES[float_type].bits, scheme.bits) + scheme.bits)
+    weights = num_weights(checkpoint)
+    check_disk_space(scratch, weights, max(SCHEMES[float_type].bits, scheme.bits) + scheme.bits)
     step("write")
     whole = scratch / "whole.gguf"
     write_whole(checkpoint, whole, float_type)
-    facts = _checkpoint_facts(checkpoint, tokenizer, decoder.context_length, whole)
+    parameters = sum(part.num_elements for part in GgufModel(whole).parts.values())
+    facts = checkpoint_facts(checkpoint, tokenizer, decoder.context_length, parameters)
     whole, imatrix = _quantized(whole, scheme, float_type, tokenizer, options, scratch, step)
-    frequencies, table = checkpoint.path / FREQUENCIES_FILE, checkpoint.path / DRAFT_TABLE_FILE
     return Prepared(
         whole=whole,
         scheme=scheme,
         facts=facts,
         tokenizer=tokenizer,
         exits=recorded_exits(checkpoint.path, checkpoint.config),
-        frequencies=read_frequencies(frequencies) if frequencies.is_file() else None,
-        table=table if table.is_file() else None,
         reference=checkpoint.path,
-        source_sha256=_hash_checkpoint(checkpoint),
+        source_sha256=hash_checkpoint(checkpoint),
         imatrix_sha256=imatrix,
     )
 
@@ -161,7 +173,7 @@ def _from_gguf(source: str, options: ExportOptions, scratch: Path, step: Callabl
             hint="leave --quantize out to keep it, or start from the f32 or f16 file",
         )
     weights = sum(part.num_elements for part in model.parts.values())
-    _check_disk_space(scratch, weights, 2 * scheme.bits)
+    check_disk_space(scratch, weights, 2 * scheme.bits)
     whole, imatrix = _quantized(path, scheme, present.name, tokenizer, options, scratch, step)
     return Prepared(
         whole=whole,
@@ -169,8 +181,6 @@ def _from_gguf(source: str, options: ExportOptions, scratch: Path, step: Callabl
         facts=_gguf_facts(model, tokenizer),
         tokenizer=tokenizer,
         exits=None,
-        frequencies=None,
-        table=None,
         reference=None,
         source_sha256=hash_file(path),
         imatrix_sha256=imatrix,
@@ -212,19 +222,10 @@ def _quantized(
     return target, sha256
 
 
-def _draft_text(options: ExportOptions, tokenizer: Tokenizer) -> list[int] | None:
-    """Token ids of the text drafts are counted from, if the user gave one."""
-    if options.draft_text is None:
-        return None
-    return list(
-        tokenizer.encode(_read_text(options.draft_text, "--draft-text"), add_special_tokens=False).ids
-    )
-
-
 def _calibrate(whole: Path, text: Path, tokenizer: Tokenizer, scratch: Path) -> tuple[str, str]:
     from skipstone.exporters.formats.gguf.imatrix import check_calibration
 
-    tokens = tokenizer.encode(_read_text(text, "--imatrix"), add_special_tokens=False).ids
+    tokens = tokenizer.encode(read_text(text, "--imatrix"), add_special_tokens=False).ids
     check_calibration(tokens, text)
     target = scratch / "imatrix.npz"
     run_isolated(
@@ -246,37 +247,6 @@ def _write_segments(model: GgufModel, exits: tuple[int, ...], folder: Path) -> t
     return tuple(entries)
 
 
-def _write_draft_head(
-    model: GgufModel, prepared: Prepared, options: ExportOptions, text: list[int] | None, folder: Path
-) -> DraftHeadEntry:
-    """The trimmed head; `text` (token ids), where given, says which tokens are frequent."""
-    facts, frequencies = prepared.facts, prepared.frequencies
-    if text is not None:
-        frequencies = count_tokens(text)
-    tokens = choose_tokens(facts.vocab_size, options.draft_vocab_size, frequencies, facts.eos_token_ids)
-    cut.write_draft_head(model, tokens, folder / _DRAFT_HEAD)
-    (folder / _DRAFT_VOCABULARY).write_bytes(tokens.astype("<i4").tobytes())
-    return DraftHeadEntry(file=_DRAFT_HEAD, vocabulary=_DRAFT_VOCABULARY, rows=len(tokens))
-
-
-def _write_draft_table(prepared: Prepared, text: list[int] | None, folder: Path) -> str | None:
-    """The n-gram table counted in `text`, else the one recorded with the checkpoint, else none."""
-    facts = prepared.facts
-    if text is not None:
-        count_table(np.array(text, np.int64), facts.vocab_size).save(folder / DRAFT_TABLE_FILE)
-        return DRAFT_TABLE_FILE
-    if prepared.table is None:
-        return None
-    recorded = NGramTable.load(prepared.table)
-    if recorded.vocab_size != facts.vocab_size:
-        raise CheckpointError(
-            f"{prepared.table}: counted for {recorded.vocab_size} tokens, the model has {facts.vocab_size}",
-            hint="remove the file or pass --draft-text",
-        )
-    shutil.copyfile(prepared.table, folder / DRAFT_TABLE_FILE)
-    return DRAFT_TABLE_FILE
-
-
 def _embedding_entry(folder: Path, name: str) -> EmbeddingEntry:
     last = GgufModel(folder / name)
     part = last.parts["token_embd.weight"]
@@ -286,29 +256,6 @@ def _embedding_entry(folder: Path, name: str) -> EmbeddingEntry:
         rows=part.shape[0],
         columns=part.shape[1],
         type=part.type.name,
-    )
-
-
-def _checkpoint_facts(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, context_length: int, whole: Path
-) -> ModelFacts:
-    config = checkpoint.config
-    generation = checkpoint.json("generation_config.json")
-    eos = generation.get("eos_token_id", config.eos_token_id)
-    bos = generation.get("bos_token_id", config.bos_token_id)
-    return ModelFacts(
-        name=checkpoint.name,
-        architecture=checkpoint.architecture,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        vocab_size=config.vocab_size,
-        context_length=context_length,
-        parameters=sum(part.num_elements for part in GgufModel(whole).parts.values()),
-        bos_token_id=bos,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        add_bos=vocabulary.adds_bos(tokenizer, bos),
-        tied_embeddings=bool(config.tie_word_embeddings),
-        chat_template=vocabulary.chat_template_of(checkpoint),
     )
 
 
@@ -325,7 +272,7 @@ def _gguf_facts(model: GgufModel, tokenizer: Tokenizer) -> ModelFacts:
         parameters=sum(part.num_elements for part in model.parts.values()),
         bos_token_id=bos,
         eos_token_ids=tuple(dict.fromkeys(token for token in ends if token is not None)),
-        add_bos=vocabulary.adds_bos(tokenizer, bos),
+        add_bos=adds_bos(tokenizer, bos),
         tied_embeddings="output.weight" not in model.parts,
         chat_template=model.get("tokenizer.chat_template"),
     )
@@ -340,57 +287,3 @@ def _scheme_of_file(model: GgufModel) -> Scheme:
 def _bits_per_weight(model: GgufModel) -> float:
     parts = model.parts.values()
     return 8 * sum(part.num_bytes for part in parts) / sum(part.num_elements for part in parts)
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    file = checkpoint.path / _TOKENIZER
-    if not file.is_file():
-        raise CheckpointError(f"{file}: not found", hint="save the tokenizer with save_pretrained(...)")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise CheckpointError(
-            f"{file}: not a readable tokenizer: {error}", hint="save the tokenizer again"
-        ) from error
-
-
-def _num_weights(checkpoint: Checkpoint) -> int:
-    from safetensors import safe_open
-
-    total = 0
-    for file in set(checkpoint.tensor_files.values()):
-        if not file.is_file():
-            raise CheckpointError(f"{file}: not found", hint="download the checkpoint again")
-        with safe_open(file, framework="np") as stored:
-            total += sum(int(np.prod(stored.get_slice(name).get_shape())) for name in stored.keys())  # noqa: SIM118
-    return total
-
-
-def _check_disk_space(folder: Path, weights: int, bits: float) -> None:
-    """`bits`: per weight, of all files that stand beside each other at the worst moment."""
-    needed, free = int(weights * bits / 8), shutil.disk_usage(folder).free
-    if needed > free:
-        raise ExportError(
-            f"{folder.parent.parent}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed",
-            hint="free space or choose another --output folder",
-        )
-
-
-def _hash_checkpoint(checkpoint: Checkpoint) -> str:
-    """One hash over the configuration and the weights, file by file in order of name."""
-    files = sorted(
-        {*checkpoint.tensor_files.values(), checkpoint.path / "config.json", checkpoint.path / _TOKENIZER}
-    )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {hash_file(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def _read_text(file: Path, flag: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{flag} {file}: cannot be read as text: {error}", hint="pass a UTF-8 text file"
-        ) from error

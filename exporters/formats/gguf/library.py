@@ -6,7 +6,6 @@ Only ever used in a process of its own (`skipstone.exporters.isolation`): a dama
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.errors import EngineError
+from skipstone.exporters.isolation import num_threads
 from skipstone.runtimes.engines.llamacpp.thread import undisturbed
 
 FloatArray = NDArray[np.float32]
@@ -25,7 +25,6 @@ FloatArray = NDArray[np.float32]
 EvalCallback = Callable[[Any, bool, Any], bool]
 
 _KV_F32 = 0
-_SMALL = 200_000_000
 _FLASH_ATTENTION_OFF = 0
 
 
@@ -115,12 +114,3 @@ def save_logits(source: str, tokens: list[int], target: str) -> None:
     """Logits of a whole GGUF over `tokens`, [n, vocab_size] float32, into a .npy file."""
     with whole_model(Path(source), len(tokens)) as model:
         np.save(target, model.logits(tokens))
-
-
-def num_threads(num_bytes: int) -> int:
-    """One per core this process may use, but a single one for a small model: there, waiting for each other
-    costs more.
-    """
-    if num_bytes < _SMALL:
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,6 +16,7 @@ from tokenizers import models as tokenizer_models
 
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import Checkpoint
+from skipstone.exporters.facts import adds_bos, chat_template_of
 from skipstone.exporters.formats.gguf.parts import GgufModel, MetaValue, array, boolean, string, uint32
 
 _LLAMA3_SPLIT = (
@@ -109,11 +110,6 @@ def tokenizer_from_keys(model: GgufModel) -> Tokenizer:
     return tokenizer
 
 
-def adds_bos(tokenizer: Tokenizer, bos_token_id: int | None) -> bool:
-    """Whether encoding a text puts the beginning-of-sequence token in front."""
-    return bos_token_id is not None and tokenizer.encode("a").ids[:1] == [bos_token_id]
-
-
 def _pre_tokenizer(pre_type: PreType) -> pre_tokenizers.PreTokenizer:
     if pre_type.split is not None:
         return pre_tokenizers.Sequence(
@@ -194,15 +190,3 @@ def _special_keys(checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, Met
     keys["tokenizer.ggml.add_bos_token"] = boolean(adds_bos(tokenizer, None if bos is None else bos.value))
     template = chat_template_of(checkpoint)
     return keys if template is None else keys | {"tokenizer.chat_template": string(template)}
-
-
-def chat_template_of(checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's chat template: chat_template.jinja, or tokenizer_config.json's (its default one)."""
-    file = checkpoint.path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = checkpoint.json("tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle
+from skipstone.bundle import Bundle, gguf_manifest
 from skipstone.errors import BundleError, EngineError, UsageError
 from skipstone.runtimes.engines.llamacpp.cache import LlamaCppCache
 from skipstone.runtimes.engines.llamacpp.embedding import EmbeddingTable
@@ -33,7 +33,7 @@ class LlamaCppEngine:
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        manifest = bundle.manifest
+        manifest = gguf_manifest(bundle)
         self._lane_options = _lane_options(bundle, options)
         self._parts: list[Part] = []
         self._head: Part | None = None
@@ -80,7 +80,7 @@ class LlamaCppEngine:
                 part.close()
 
     def _load(self, bundle: Bundle, options: EngineOptions) -> None:
-        manifest = bundle.manifest
+        manifest = gguf_manifest(bundle)
         for entry in manifest.segments:
             part = Part(bundle.file(entry.file), self._lane_options, gpu_layers=options.gpu_layers)
             self._parts.append(part)

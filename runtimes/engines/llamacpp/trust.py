@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,18 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from skipstone.bundle import Bundle
+from skipstone.bundle import Bundle, gguf_manifest
+from skipstone.runtimes.user_cache import cache_folder
 
 _NO_REPACKING = ("f32", "f16", "bf16")
 _WIDTHS = (2, 8, 16, 33)
 _TIMEOUT = 120.0
-
-
-def cache_folder() -> Path:
-    """`$SKIPSTONE_CACHE`, or skipstone/ in the platform's user cache."""
-    override = os.environ.get("SKIPSTONE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(override) if override else Path(base) / "skipstone"
 
 
 def repacking_is_safe(bundle: Bundle) -> bool:
@@ -46,7 +39,8 @@ def repacking_is_safe(bundle: Bundle) -> bool:
     verdict = cache_folder() / "trust" / f"{key}.json"
     known = _read(verdict)
     if known is None:
-        segment = min((bundle.file(s.file) for s in bundle.manifest.segments), key=lambda p: p.stat().st_size)
+        segments = gguf_manifest(bundle).segments
+        segment = min((bundle.file(s.file) for s in segments), key=lambda p: p.stat().st_size)
         known = _try_in_subprocess(segment)
         _write(verdict, known)
     return known

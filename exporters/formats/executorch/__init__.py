@@ -1,0 +1,1 @@
+"""The ExecuTorch format: one .pte with a method per segment."""

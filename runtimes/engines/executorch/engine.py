@@ -1,0 +1,80 @@
+"""Weights of an ExecuTorch bundle."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.bundle import Bundle, executorch_manifest
+from skipstone.errors import BundleError, UsageError
+from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
+from skipstone.runtimes.engines.executorch.program import Program
+from skipstone.runtimes.rows import RowTree
+
+if TYPE_CHECKING:
+    from skipstone.runtimes.engines import EngineOptions
+
+
+class ExecuTorchEngine:
+    """See `skipstone.runtimes.engines.base.Engine`.
+
+    A program holds weights and the K/V of one sequence together, so every cache that is open at the same time loads the
+    file once more; a closed cache's program is used again. ExecuTorch holds the interpreter lock while it computes and
+    has one thread pool: for several streams at once run several processes.
+
+    Raises:
+        EngineError: ExecuTorch is missing or refuses the file.
+        BundleError: the artefacts do not fit the manifest.
+        UsageError: an option this engine does not have.
+    """
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        manifest = executorch_manifest(bundle)
+        self._path, self._entry = bundle.file(manifest.program.file), manifest.program
+        if options.gpu_layers:
+            raise UsageError(
+                f"--gpu-layers {options.gpu_layers}: a program runs where it was lowered to ({self._entry.target})"
+            )
+        if options.kv_type not in (None, "f32"):
+            raise UsageError(f"--kv-type {options.kv_type}: this format keeps K and V in f32")
+        self.threads = len(os.sched_getaffinity(0)) if options.threads is None else options.threads
+        if not 1 <= self.threads <= 512:
+            raise UsageError(f"--threads {self.threads}: expected 1 to 512")
+        self.exits = (*manifest.exits, manifest.model.num_layers)
+        self.hidden_size, self.vocab_size = manifest.model.hidden_size, manifest.model.vocab_size
+        self.reference_width = self._entry.reference_width
+        self.max_context_length = min(
+            manifest.model.context_length, self._entry.slots - (self.reference_width - 1)
+        )
+        self.draft_vocabulary = self._read_vocabulary(bundle)
+        self._idle = [Program(self._path, self._entry, self.threads)]
+
+    def open_cache(self, context_length: int, tree: RowTree) -> ExecuTorchCache:
+        program = self._idle.pop() if self._idle else Program(self._path, self._entry, self.threads)
+        return ExecuTorchCache(
+            program,
+            self._idle.append,
+            len(self.exits),
+            tree,
+            context_length=context_length,
+            slots=self._entry.slots,
+            max_width=self._entry.max_width,
+            reference_width=self.reference_width,
+        )
+
+    def close(self) -> None:
+        self._idle.clear()
+
+    def _read_vocabulary(self, bundle: Bundle) -> NDArray[np.int32] | None:
+        name = self._entry.draft_vocabulary
+        if name is None:
+            return None
+        ids = np.fromfile(bundle.file(name), "<i4").astype(np.int32)
+        if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            raise BundleError(
+                f"{bundle.file(name)}: draft tokens outside the vocabulary", hint="export the bundle again"
+            )
+        return ids

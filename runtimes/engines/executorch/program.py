@@ -1,0 +1,155 @@
+"""A loaded .pte whose calls are checked before they are made.
+
+ExecuTorch trusts its caller: a width of 0 kills the process (SIGFPE), and so may a shape outside the exported bounds.
+Every call goes through `Program.call`, which compares widths, dtypes and layout with what was exported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstone.bundle import ProgramEntry
+from skipstone.errors import BundleError, EngineError
+from skipstone.runtimes.quiet import quiet_libraries
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+
+_INSTALL = 'install the engine with `pip install "skipstone[executorch]"`'
+# importing them registers their operators
+_OPERATORS = ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized")
+_LIVE: weakref.WeakSet[Program] = weakref.WeakSet()
+_IDENTIFIER, _IDENTIFIER_AT = b"ET12", 4
+
+
+class Program:
+    """One loading of the file: its methods and, shared between them, the K/V of one sequence.
+
+    Raises:
+        EngineError: ExecuTorch is missing or refuses the file.
+        BundleError: the file is no program, or its methods are not those the manifest names.
+    """
+
+    def __init__(self, path: Path, entry: ProgramEntry, threads: int) -> None:
+        self.path, self._entry = path, entry
+        _check_header(path)
+        runtime = _runtime()
+        set_threads(threads)
+        try:
+            program = runtime.load_program(path)
+            present = set(program.method_names)
+            wanted = {method.name for method in entry.methods}
+            if present != wanted:
+                raise BundleError(
+                    f"{path}: has the methods {', '.join(sorted(present))}, the manifest names "
+                    f"{', '.join(sorted(wanted))}",
+                    hint="export the bundle again",
+                )
+            self._methods = {name: program.load_method(name) for name in sorted(wanted)}
+        except RuntimeError as error:
+            raise EngineError(
+                f"{path}: ExecuTorch cannot load it: {error}", hint="export the bundle again"
+            ) from error
+        self._program = program
+        _LIVE.add(self)
+
+    def call(self, method: str, width: int, *inputs: NDArray[Any]) -> FloatArray:
+        """Run a method.
+
+        Args:
+            method: its name.
+            width: rows of the batch.
+            inputs: its arguments, contiguous.
+
+        Returns:
+            The first output without its batch axis; the caller owns it.
+
+        Raises:
+            EngineError: a width the program was not made for, an array it cannot take, or ExecuTorch refused.
+        """
+        import torch
+
+        if not 1 <= width <= self._entry.max_width:
+            raise EngineError(f"{method}: {width} rows, the program takes 1 to {self._entry.max_width}")
+        if not all(array.flags.c_contiguous for array in inputs):
+            raise EngineError(f"{method}: an input is not contiguous")
+        try:
+            out = self._methods[method].execute([torch.from_numpy(array) for array in inputs])
+        except RuntimeError as error:
+            raise EngineError(f"{self.path.name}: {method} failed for {width} rows: {error}") from error
+        result: FloatArray = out[0].numpy()[0]
+        return result
+
+    def compact(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Move rows' K/V of all layers from slots to slots, in blocks of the widest batch.
+
+        Args:
+            sources: ascending slots.
+            targets: as many ascending slots, none above its source, so that no block overwrites a later one's source.
+        """
+        import torch
+
+        for start in range(0, len(sources), self._entry.max_width):
+            block = slice(start, start + self._entry.max_width)
+            moved = torch.tensor(list(sources[block])), torch.tensor([list(targets[block])])
+            try:
+                self._methods["compact"].execute(list(moved))
+            except RuntimeError as error:
+                raise EngineError(f"{self.path.name}: compact failed: {error}") from error
+
+    @property
+    def operators(self) -> Any:
+        """ExecuTorch's program, for its profile."""
+        return self._program
+
+
+def set_threads(count: int) -> None:
+    """Threads of ExecuTorch's pool, one for the whole process; loaded programs hold on to it.
+
+    Raises:
+        EngineError: programs are loaded that use another number.
+    """
+    from executorch.extension.pybindings import portable_lib
+
+    with quiet_libraries():
+        present = portable_lib._threadpool_get_thread_count()
+    if present == count:
+        return
+    if _LIVE:
+        raise EngineError(
+            f"{count} threads: models that use {present} are open in this process, and ExecuTorch has one pool",
+            hint="open all models with the same number, or close the others first",
+        )
+    with quiet_libraries():
+        portable_lib._unsafe_reset_threadpool(count)
+
+
+def _runtime() -> Any:
+    """ExecuTorch's runtime, its operators registered."""
+    try:
+        with quiet_libraries():
+            for module in _OPERATORS:
+                importlib.import_module(module)
+            from executorch.runtime import Runtime
+
+            return Runtime.get()
+    except (ImportError, OSError) as error:
+        raise EngineError(f"ExecuTorch cannot be loaded: {error}", hint=_INSTALL) from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what is not a program before ExecuTorch sees it."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_IDENTIFIER_AT + len(_IDENTIFIER))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error}", hint="export the bundle again") from error
+    if head[_IDENTIFIER_AT:] != _IDENTIFIER:
+        raise BundleError(f"{path}: not an ExecuTorch program", hint="export the bundle again")

@@ -1,0 +1,67 @@
+"""The bundle: a folder with a manifest, a tokenizer and the artefacts of one exported model.
+
+    >>> from skipstone.bundle import open_bundle
+    >>> bundle = open_bundle("out/")            # checks the schema, every path, size and hash
+    >>> bundle.manifest.exits
+    (2, 4, 6)
+
+Nothing here imports torch or an engine; a bundle holds no pickles.
+"""
+
+from skipstone.bundle.folder import (
+    Bundle,
+    bundle_in_progress,
+    describe_file,
+    executorch_manifest,
+    gguf_manifest,
+    hash_file,
+    open_bundle,
+    read_manifest,
+    write_manifest,
+)
+from skipstone.bundle.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    CostCurve,
+    DraftHeadEntry,
+    EmbeddingEntry,
+    ExecuTorchManifest,
+    FileEntry,
+    GgufManifest,
+    Manifest,
+    MethodEntry,
+    ModelFacts,
+    Parity,
+    ProgramEntry,
+    Provenance,
+    Quantization,
+    SegmentEntry,
+)
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "Bundle",
+    "CostCurve",
+    "DraftHeadEntry",
+    "EmbeddingEntry",
+    "ExecuTorchManifest",
+    "FileEntry",
+    "GgufManifest",
+    "Manifest",
+    "MethodEntry",
+    "ModelFacts",
+    "Parity",
+    "ProgramEntry",
+    "Provenance",
+    "Quantization",
+    "SegmentEntry",
+    "bundle_in_progress",
+    "describe_file",
+    "executorch_manifest",
+    "gguf_manifest",
+    "hash_file",
+    "open_bundle",
+    "read_manifest",
+    "write_manifest",
+]

@@ -1,0 +1,267 @@
+"""manifest.json: what a bundle says of itself. Every record is frozen and closed."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+
+SCHEMA_VERSION: Literal[1] = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class _Record(BaseModel):
+    """Frozen, closed record: an unknown key is an error, not a silent loss."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Record):
+    """One file of the bundle; `path` is relative, in POSIX form, and stays inside the folder."""
+
+    path: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @field_validator("path")
+    @classmethod
+    def _inside_the_folder(cls, value: str) -> str:
+        pure = PurePosixPath(value)
+        unsafe = pure.is_absolute() or ".." in pure.parts or "\\" in value or ":" in value or "\0" in value
+        if unsafe or str(pure) != value or value in ("", "."):
+            raise ValueError(f"path {value!r} is not a plain relative path inside the bundle")
+        return value
+
+
+class ModelFacts(_Record):
+    """What a runtime must know of the model; counts are in units of layers, tokens, rows."""
+
+    name: str
+    architecture: str
+    hidden_size: Annotated[int, Field(gt=0)]
+    num_layers: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0)]
+    context_length: Annotated[int, Field(gt=0)]
+    parameters: Annotated[int, Field(ge=0)]
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    tied_embeddings: bool = False
+    chat_template: str | None = None
+
+
+class SegmentEntry(_Record):
+    """Layers `first` (included) to `stop` (excluded) in one file.
+
+    `output` says how the rows leave: `nextn` (hidden states through the engine's own output, no callback),
+    `callback` (hidden states through the graph callback), `logits` (the last segment: final norm and LM head included).
+    """
+
+    first: Annotated[int, Field(ge=0)]
+    stop: Annotated[int, Field(gt=0)]
+    file: str
+    output: Literal["nextn", "callback", "logits"]
+
+
+class EmbeddingEntry(_Record):
+    """The token embedding table, memory-mapped out of a file: `rows` x `columns`, ggml type name, byte offset."""
+
+    file: str
+    offset: Annotated[int, Field(ge=0)]
+    rows: Annotated[int, Field(gt=0)]
+    columns: Annotated[int, Field(gt=0)]
+    type: str
+    scale: float = 1.0
+
+
+class DraftHeadEntry(_Record):
+    """Final norm and LM head over a part of the vocabulary, used while drafting.
+
+    `vocabulary` is a little-endian int32 file: the token id of every row of the head.
+    """
+
+    file: str
+    vocabulary: str
+    rows: Annotated[int, Field(gt=0)]
+
+
+class Quantization(_Record):
+    """Scheme (`f32`, `f16`, `q8_0`, `q4_0`, …), and the calibration text's hash where an importance matrix was used."""
+
+    scheme: str
+    imatrix_sha256: str | None = None
+    bits_per_weight: float | None = None
+
+
+class Parity(_Record):
+    """Self-test figures: largest absolute differences of logits.
+
+    reference: against the eager reference in f32 (None where the input was a GGUF and no reference exists);
+    split: segments against the whole model; draft_verify: rows drafted to an exit, then advanced, against rows
+    advanced at once; width_noise: the same row computed alone and within a batch. A greedy divergence counts as a
+    near-tie when the two best logits of plain decoding lie within `near_tie_margin`.
+    """
+
+    reference: float | None
+    reference_tolerance: float | None
+    split: float
+    split_tolerance: float
+    draft_verify: float
+    width_noise: float
+    near_tie_margin: float
+    agreement_with_reference: float | None = None
+
+
+class CostCurve(_Record):
+    """Seconds per call of each segment at each width (rows per batch), measured on one machine.
+
+    segments[k][i] belongs to widths[i]; draft_head[i] likewise (empty without a draft head).
+    """
+
+    widths: tuple[int, ...]
+    segments: tuple[tuple[float, ...], ...]
+    draft_head: tuple[float, ...] = ()
+    threads: int
+    machine: str
+
+
+class Provenance(_Record):
+    """Where the bundle came from."""
+
+    source: str
+    source_sha256: str | None = None
+    tool: str
+    engine: str
+    created: str
+
+
+class MethodEntry(_Record):
+    """One method of a program: bytes of weights a call reads, and the share of its nodes that the delegate runs."""
+
+    name: str
+    weight_bytes: Annotated[int, Field(ge=0)]
+    delegated: Annotated[float, Field(ge=0, le=1)]
+
+
+class ProgramEntry(_Record):
+    """An ExecuTorch program: one file with a method per segment (docs/executorch.md says what each computes).
+
+    `slots` positions of K/V, drafts included; batches of 1 to `max_width` rows. Widths from `reference_width` on agree
+    numerically; narrower batches are padded up to it. `draft_vocabulary` is a little-endian int32 file: the token id of
+    every row of the draft head.
+    """
+
+    file: str
+    target: str
+    slots: Annotated[int, Field(gt=0)]
+    max_width: Annotated[int, Field(gt=0)]
+    reference_width: Annotated[int, Field(gt=0)] = 1
+    draft_vocabulary: str | None = None
+    methods: tuple[MethodEntry, ...]
+
+    def weight_bytes(self, method: str) -> int:
+        """Bytes of weights that a call of the method reads; 0 for a method without any."""
+        return sum(entry.weight_bytes for entry in self.methods if entry.name == method)
+
+
+class ManifestBase(_Record):
+    """What the manifests of all formats hold, schema version 1."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    device: str
+    model: ModelFacts
+    exits: tuple[int, ...]
+    draft_table: str | None = None
+    tokenizer: str = "tokenizer.json"
+    quantization: Quantization
+    parity: Parity
+    cost: CostCurve | None = None
+    files: tuple[FileEntry, ...]
+    provenance: Provenance
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """What each named file holds, for people."""
+        table = {} if self.draft_table is None else {self.draft_table: "n-gram table to draft from"}
+        return {self.tokenizer: "tokenizer", **table, **self._artefacts()}
+
+    def _artefacts(self) -> dict[str, str]:
+        """The part of `contents` that the format's own entries name."""
+        return {}
+
+    @model_validator(mode="after")
+    def _named_files_are_listed(self) -> Self:
+        missing = sorted(self.contents.keys() - {entry.path for entry in self.files})
+        if missing:
+            raise ValueError(f"files not listed with a hash: {', '.join(missing)}")
+        return self
+
+
+class GgufManifest(ManifestBase):
+    """A bundle of GGUF files."""
+
+    format: Literal["gguf"] = "gguf"
+    segments: tuple[SegmentEntry, ...]
+    embedding: EmbeddingEntry
+    draft_head: DraftHeadEntry | None = None
+
+    @field_validator("segments")
+    @classmethod
+    def _segments_are_contiguous(cls, value: tuple[SegmentEntry, ...]) -> tuple[SegmentEntry, ...]:
+        edge = 0
+        for segment in value:
+            if segment.first != edge or segment.stop <= segment.first:
+                raise ValueError(f"segment {segment.first}..{segment.stop} does not continue at layer {edge}")
+            edge = segment.stop
+        if not value or value[-1].output != "logits" or any(s.output == "logits" for s in value[:-1]):
+            raise ValueError("exactly the last segment must give logits")
+        return value
+
+    def _artefacts(self) -> dict[str, str]:
+        found = {self.embedding.file: ""}
+        for segment in self.segments:
+            leaves = "logits" if segment.output == "logits" else f"hidden states ({segment.output})"
+            found[segment.file] = f"layers {segment.first}–{segment.stop - 1}, gives {leaves}"
+        found[self.embedding.file] += f", embeddings ({self.embedding.type})"
+        if self.draft_head is not None:
+            found[self.draft_head.file] = f"draft head, {self.draft_head.rows} tokens"
+            found[self.draft_head.vocabulary] = "draft head's token ids"
+        return found
+
+    @model_validator(mode="after")
+    def _exits_are_the_inner_cuts(self) -> Self:
+        cuts = tuple(segment.stop for segment in self.segments)
+        if cuts != (*self.exits, self.model.num_layers):
+            raise ValueError(f"exits {self.exits} do not match the segments' cuts {cuts}")
+        return self
+
+
+class ExecuTorchManifest(ManifestBase):
+    """A bundle around one ExecuTorch program."""
+
+    format: Literal["executorch"] = "executorch"
+    program: ProgramEntry
+
+    def _artefacts(self) -> dict[str, str]:
+        methods = ", ".join(entry.name for entry in self.program.methods)
+        found = {self.program.file: f"{self.program.target} program: {methods}"}
+        if self.program.draft_vocabulary is not None:
+            found[self.program.draft_vocabulary] = "draft head's token ids"
+        return found
+
+    @model_validator(mode="after")
+    def _methods_are_the_exits(self) -> Self:
+        found = {entry.name for entry in self.program.methods}
+        expected = {"embed", "head", "compact"} | {f"segment_{k}" for k in range(len(self.exits) + 1)}
+        if self.program.draft_vocabulary is not None:
+            expected.add("draft_head")
+        if found != expected:
+            raise ValueError(
+                f"exits {self.exits} need the methods {', '.join(sorted(expected))}; found {', '.join(sorted(found))}"
+            )
+        return self
+
+
+Manifest = Annotated[GgufManifest | ExecuTorchManifest, Field(discriminator="format")]
+MANIFEST: TypeAdapter[GgufManifest | ExecuTorchManifest] = TypeAdapter(Manifest)
