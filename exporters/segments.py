@@ -87,7 +87,9 @@ class Embedding(nn.Module):
         super().__init__()
         self.table = table
         if isinstance(table, nn.Embedding):
-            table.padding_idx = None  # matters for training alone, and keeps backends from recognising the lookup
+            table.padding_idx = (
+                None  # matters for training alone, and keeps backends from recognising the lookup
+            )
 
     def forward(self, tokens: Tensor) -> Tensor:
         return cast("Tensor", self.table(tokens))

@@ -5,11 +5,13 @@ place.
 2. split: the segments against the uncut model in the same quantisation;
 3. draft then verify: rows brought to an exit first and to the end later, against rows brought to the end at
    once;
-4. width noise: the same row alone and within wider batches;
-5. jitter: the gap between the two best tokens when the rows entering each segment change by a millionth, as
+4. trees: rows accepted out of trees with rejected siblings before them, against rows run at once: K/V must move, and
+   segments that do not share their state with what moves it are found out;
+5. width noise: the same row alone and within wider batches;
+6. jitter: the gap between the two best tokens when the rows entering each segment change by a millionth, as
    another order of summing does. With rounded activations it may change by much more, so the near-tie margin
    covers it;
-6. draft head: its logits at every exit against the final norm and the head's rows computed here.
+7. draft head: its logits at every exit against the final norm and the head's rows computed here.
 
 The engine runs in a process of its own, so that a crash becomes an error that says so.
 """
@@ -31,7 +33,7 @@ from skipstone.exporters.checkpoint import quiet_loading
 from skipstone.exporters.formats import Oracle
 from skipstone.exporters.isolation import num_threads, run_isolated
 from skipstone.runtimes.engines.base import Engine
-from skipstone.runtimes.rows import RowTree
+from skipstone.runtimes.rows import ROOT, RowTree
 from skipstone.runtimes.session import Session
 
 FloatArray = NDArray[np.float32]
@@ -90,6 +92,7 @@ class Measured:
     split: float
     split_rms: float
     draft_verify: float
+    tree_commit: float
     width_noise: float
     jitter: float
     draft_head: float
@@ -138,6 +141,7 @@ def judge(measured: Measured, test: SelfTest) -> Parity:
         _within(
             "drafted and then verified rows and rows run at once", measured.draft_verify, split_tolerance
         ),
+        _within("rows accepted out of trees and rows run at once", measured.tree_commit, split_tolerance),
         _within(
             "draft head and the final norm and head rows (relative)",
             measured.draft_head,
@@ -160,10 +164,13 @@ def judge(measured: Measured, test: SelfTest) -> Parity:
         reference_tolerance=test.reference_tolerance,
         split=measured.split,
         split_tolerance=split_tolerance,
-        draft_verify=measured.draft_verify,
+        draft_verify=max(measured.draft_verify, measured.tree_commit),
         width_noise=measured.width_noise,
         near_tie_margin=max(
-            _MIN_MARGIN, 2 * measured.width_noise, 2 * measured.draft_verify, measured.jitter
+            _MIN_MARGIN,
+            2 * measured.width_noise,
+            2 * max(measured.draft_verify, measured.tree_commit),
+            measured.jitter,
         ),
         agreement_with_reference=measured.agreement,
     )
@@ -200,6 +207,7 @@ def measure(
     at_once = _in_widths(engine, tokens, len(tokens))
     whole = uncut.logits(tokens)
     expected = None if reference is None else np.load(reference)
+    accepted = _accepted_out_of_trees(engine, tokens)
     measured = Measured(
         finite=bool(np.isfinite(at_once).all()),
         spread=float(at_once.std()),
@@ -210,6 +218,7 @@ def measure(
         draft_verify=max(
             (_difference(at_once[: len(x)], x) for x in _drafted_then_verified(engine, tokens)), default=0.0
         ),
+        tree_commit=_difference(at_once[: len(accepted)], accepted),
         width_noise=_width_noise(engine, tokens),
         jitter=_jitter(engine, tokens),
         draft_head=_draft_head_error(engine, tokens, uncut),
@@ -245,6 +254,22 @@ def _drafted_then_verified(engine: Engine, tokens: Sequence[int]) -> Iterator[Fl
                 found += session.advance(rows, session.exits[-1])
                 session.commit(rows[-1])
         yield np.stack(found)
+
+
+def _accepted_out_of_trees(engine: Engine, tokens: Sequence[int]) -> FloatArray:
+    """Logits [n, vocab_size] of tokens that follow each other through trees: each has a rejected sibling before it."""
+    tokens = tokens[: _STEPPED - _STEPPED % 2]
+    found: list[FloatArray] = []
+    with Session(engine, _context_length(engine, tokens)) as session:
+        for start in range(0, len(tokens), 2):
+            parent, rows = ROOT, []
+            for token in tokens[start : start + 2]:
+                wrong, right = session.push([(token + 1) % engine.vocab_size, token], [parent, parent])
+                rows += [wrong, right]
+                parent = right
+            found += session.advance(rows, session.exits[-1])[1::2]
+            session.commit(parent)
+    return np.stack(found)
 
 
 def _width_noise(engine: Engine, tokens: Sequence[int]) -> float:

@@ -104,11 +104,15 @@ def lower(
     delegate = TARGETS.get(target)
     if delegate is None:
         raise UsageError(f"target {target}: expected one of {', '.join(TARGETS)}")
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes import MemoryPlanningPass
-
     try:
         with quiet_libraries():
+            from executorch.exir import (
+                EdgeCompileConfig,
+                ExecutorchBackendConfig,
+                to_edge_transform_and_lower,
+            )
+            from executorch.exir.passes import MemoryPlanningPass
+
             step("trace")
             traced = {
                 name: _trace(module, inputs, widths)
@@ -148,7 +152,7 @@ def _methods(
     count = _EXAMPLE_WIDTH
     hidden = torch.zeros(1, count, shape.hidden_size)
     places = torch.arange(count)
-    start, tree = torch.zeros(1, dtype=torch.long), torch.tensor([True])
+    start, tree = torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.long)
     mask = torch.zeros(count, shape.slots)
     yield "embed", parts.embedding, (places[None],), ({1: rows},)
     for index, segment in enumerate(parts.segments):

@@ -11,7 +11,8 @@ Inputs of a segment's method (n rows, 1 ≤ n ≤ max_width; S slots):
     slots      int64 [1, n]        where the rows' K and V go
     start      int64 [1]           slots before the first row, where the rows continue the context as a chain; else 0
     mask       float32 [n, S]      0 where a row may look, -inf elsewhere; not read for a chain
-    tree       bool [1]            False: a chain in the slots start, start + 1, …, which takes the faster kernel
+    tree       int64 [1]           0: a chain in the slots start, start + 1, …, which takes the faster kernel; else 1
+                                   (not a bool: ExecuTorch's library for Android cannot make one)
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class StaticKeyValues(KeyValues):
             return _sdpa(query, keys, values, first, None, True, scaling)
 
         operands = (query, keys, values, rows.mask, rows.start)
-        return cast("Tensor", torch.cond(rows.tree, as_tree, as_chain, operands))
+        return cast("Tensor", torch.cond(rows.tree != 0, as_tree, as_chain, operands))
 
 
 def _sdpa(

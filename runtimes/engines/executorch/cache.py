@@ -82,7 +82,7 @@ class ExecuTorchCache:
             slots,
             start,
             self._mask[:width],
-            np.array([not chain]),
+            np.array([int(not chain)], np.int64),
         )[:count]
         if segment < self._last:
             return out
