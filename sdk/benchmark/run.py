@@ -138,8 +138,6 @@ class _Bench:
 
     def __init__(self, bundle: Bundle, options: BenchOptions) -> None:
         self._options, self._stack = options, ExitStack()
-        scheme = bundle.manifest.quantization.scheme
-        self.kv_type = options.kv_type or ("f32" if scheme == "f32" else "f16")
         gguf = (
             check_whole_gguf(options.whole_gguf, bundle.manifest.model.vocab_size)
             if options.baselines
@@ -147,6 +145,7 @@ class _Bench:
         )
         try:
             self.target = self._stack.enter_context(Subject(bundle, options.engine, options.context_length))
+            self.kv_type = self.target.kv_type
             self._draft = self._open_draft()
             self._prompts: list[list[int]] = self._encoded()
             self.strategies = self._strategies()

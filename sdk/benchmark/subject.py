@@ -36,6 +36,7 @@ class Subject:
         self.table = load_draft_table(bundle)
         self._raw = open_engine(bundle, options)
         try:
+            self.kv_type = str(getattr(self._raw, "kv_type", "f32"))
             self.curve: CostCurve = measure(self._raw, budget_seconds=_COST_SECONDS)
             self.costs = CostModel(self.curve, self._raw.exits)
             self.engine = MeteredEngine(self._raw, self.costs, part_bytes(bundle))

@@ -99,8 +99,8 @@ class Parity(_Record):
 
     reference: against the eager reference in f32 (None where the input was a GGUF and no reference exists);
     split: segments against the whole model; draft_verify: rows drafted to an exit, then advanced, and rows accepted
-    out of trees, against rows advanced at once; width_noise: the same row computed alone and within a batch. A greedy divergence counts as a
-    near-tie when the two best logits of plain decoding lie within `near_tie_margin`.
+    out of trees, against rows advanced at once; width_noise: the same row computed alone and within a batch. A greedy
+    divergence counts as a near-tie when the two best logits of plain decoding lie within `near_tie_margin`.
     """
 
     reference: float | None

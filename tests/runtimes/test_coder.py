@@ -31,6 +31,7 @@ from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import STRATEGIES, Materials, StrategyOptions, make_policy
 from skipstone.runtimes.text import TextCodec
 from tests.conftest import Export
+from tests.runtimes.even_time import EvenTime
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
@@ -53,17 +54,6 @@ def flat_costs(engine: Engine) -> CostModel:
         widths=widths, segments=(seconds,) * len(engine.exits), draft_head=seconds, threads=1, machine=""
     )
     return CostModel(curve, engine.exits)
-
-
-class EvenTime:
-    """Stands where `time` stands: every round takes as long as any other, on however busy a machine."""
-
-    def __init__(self, step: float) -> None:
-        self.now, self.step = 0.0, step
-
-    def perf_counter(self) -> float:
-        self.now += self.step
-        return self.now
 
 
 class Opened:

@@ -31,6 +31,8 @@ class ExecuTorchEngine:
         UsageError: an option this engine does not have.
     """
 
+    kv_type = "f32"
+
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         manifest = executorch_manifest(bundle)
         self._path, self._entry = bundle.file(manifest.program.file), manifest.program

@@ -59,6 +59,11 @@ class LlamaCppEngine:
         """CPU threads per batch."""
         return self._lane_options.threads
 
+    @property
+    def kv_type(self) -> str:
+        """Type of K and V in ggml."""
+        return self._lane_options.kv_type
+
     def open_cache(self, context_length: int, tree: RowTree) -> LlamaCppCache:
         options = self._lane_options
         lanes = [
