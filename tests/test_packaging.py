@@ -25,6 +25,8 @@ FOLDERS = {
     "skipstone.runtimes": "runtimes",
     "skipstone.devices": "devices",
 }
+# Within one of the folders, installed elsewhere: what puts our command into `optimum-cli`.
+REGISTER = {"optimum.commands.register": "sdk/optimum_register"}
 EVERYBODYS = ("skipstone.bundle", "skipstone.errors")
 MAY_IMPORT = {
     "exporters": (*EVERYBODYS, "skipstone.exporters", "skipstone.devices", "skipstone.runtimes"),
@@ -36,12 +38,13 @@ HEAVY = {"accelerate", "datasets", "matplotlib", "optimum", "torch", "transforme
 
 def shipped_files() -> dict[str, Path]:
     """Every file of the four folders by its place in the installed package."""
-    return {
-        f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}": path
-        for package, folder in FOLDERS.items()
+    places = {
+        path: f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
+        for package, folder in (FOLDERS | REGISTER).items()  # the inner folder comes last and wins
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
+    return {place: path for path, place in places.items()}
 
 
 def modules() -> dict[str, Path]:
@@ -95,8 +98,13 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_the_wheel_holds_every_file_of_the_four_folders(wheel_names: set[str]) -> None:
-    installed = {name for name in wheel_names if name.startswith("skipstone/")}
+    installed = {name for name in wheel_names if ".dist-info/" not in name}
     assert installed == set(shipped_files())
+
+
+def test_the_wheel_adds_one_module_to_optimums_namespace_and_no_package_file(wheel_names: set[str]) -> None:
+    added = {name for name in wheel_names if name.startswith("optimum/")}
+    assert added == {"optimum/commands/register/register_skipstone.py"}
 
 
 def test_the_wheel_says_that_it_is_typed_and_brings_the_command_and_the_licence(
@@ -110,7 +118,7 @@ def test_the_wheel_says_that_it_is_typed_and_brings_the_command_and_the_licence(
 
 
 def test_the_folders_here_are_those_of_the_project_file() -> None:
-    assert project_file()["tool"]["setuptools"]["package-dir"] == FOLDERS
+    assert project_file()["tool"]["setuptools"]["package-dir"] == FOLDERS | REGISTER
 
 
 @pytest.mark.parametrize("folder", sorted(MAY_IMPORT))

@@ -6,6 +6,8 @@ Every call goes through `Program.call`, which compares widths, dtypes and layout
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import weakref
 from collections.abc import Sequence
@@ -139,9 +141,23 @@ def _runtime() -> Any:
                 importlib.import_module(module)
             from executorch.runtime import Runtime
 
+            _keep_mkl_to_one_thread()
             return Runtime.get()
     except (ImportError, OSError) as error:
         raise EngineError(f"ExecuTorch cannot be loaded: {error}", hint=_INSTALL) from error
+
+
+def _keep_mkl_to_one_thread() -> None:
+    """ExecuTorch's attention calls torch's matrix product from its own threads.
+
+    Left alone, each of those opens a team of OpenMP threads that wait for each other spinning: a fifth of the speed on
+    idle cores, and next to none on busy ones. It goes through MKL, whose count holds for the process and at any time.
+    """
+    import torch
+
+    with contextlib.suppress(OSError, AttributeError):  # a build of torch without MKL
+        library = Path(str(torch.__file__)).parent / "lib" / "libtorch_cpu.so"
+        ctypes.CDLL(str(library)).mkl_serv_set_num_threads(1)
 
 
 def _check_header(path: Path) -> None:
