@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from skipstone.errors import CheckpointError
+from skipstone.runtimes.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -110,14 +111,16 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
             f"{folder}: no config.json found",
             hint="pass a Hugging Face checkpoint folder, its hub name or a .gguf file",
         )
-    config = _read_config(folder)
+    with quiet_libraries():  # transformers loads what quantisers it finds, and those write what they lack
+        config = _read_config(folder)
     architectures = config.architectures or ()
     if len(architectures) != 1:
         raise CheckpointError(
             f"{folder}/config.json: architectures is {list(architectures)}, one name was expected",
             hint="add the model class, say LlamaForCausalLM",
         )
-    _check_task(folder, architectures[0])
+    with quiet_libraries():
+        _check_task(folder, architectures[0])
     return Checkpoint(folder, os.fspath(source), config, architectures[0])
 
 
