@@ -19,6 +19,7 @@ from typing import Any
 
 from skipstone import errors
 from skipstone.errors import ExportError, SkipstoneError
+from skipstone.runtimes.cores import num_cores
 
 _SMALL = 200_000_000
 _TAIL = 400
@@ -64,7 +65,7 @@ def num_threads(num_bytes: int) -> int:
     """
     if num_bytes < _SMALL:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return num_cores()
 
 
 def _read(answer: dict[str, Any]) -> Any:

@@ -28,6 +28,7 @@ from skipstone.bundle import (
 )
 from skipstone.exporters.formats import Artefacts, ExportOptions, Progress, Step, exporter_of
 from skipstone.exporters.selftest import SelfTest, run_self_test
+from skipstone.runtimes.cores import num_cores
 
 _UNTESTED = Parity(
     reference=None,
@@ -94,7 +95,7 @@ def export_checkpoint(
         draft_vocab_size=draft_vocab_size,
         draft_text=None if draft_text is None else Path(draft_text),
         imatrix=None if imatrix is None else Path(imatrix),
-        threads=_num_threads(),
+        threads=num_cores(),
         context_length=context_length,
     )
     target = Path(output)
@@ -151,9 +152,3 @@ def _manifest(source: str, device: str, artefacts: Artefacts, folder: Path) -> M
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         ),
     )
-
-
-def _num_threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from skipstone.benchmark.rows import Row
 from skipstone.bundle import Bundle, CostCurve
 from skipstone.errors import UsageError
+from skipstone.runtimes.cores import num_cores
 
 SCHEMA_VERSION = 1
 
@@ -106,7 +107,7 @@ def this_machine() -> Machine:
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=_processor(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=num_cores(),
         python=platform.python_version(),
         engine=build_identity(),
     )

@@ -69,16 +69,7 @@ def _xnnpack(quantized: bool) -> list[Any]:
     return [*dynamic, XnnpackPartitioner()]
 
 
-def _vulkan(_quantized: bool) -> list[Any]:
-    from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
-
-    return [VulkanPartitioner({"require_dynamic_shapes": True})]
-
-
-TARGETS = {
-    target.name: target
-    for target in (Target("xnnpack", "runs", _xnnpack), Target("vulkan", "compiled", _vulkan))
-}
+TARGETS = {target.name: target for target in (Target("xnnpack", "runs", _xnnpack),)}
 
 
 def lower(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from skipstone.bundle import Bundle, executorch_manifest
 from skipstone.errors import BundleError, UsageError
+from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
 from skipstone.runtimes.engines.executorch.program import Program
 from skipstone.runtimes.rows import RowTree
@@ -42,7 +42,7 @@ class ExecuTorchEngine:
             )
         if options.kv_type not in (None, "f32"):
             raise UsageError(f"--kv-type {options.kv_type}: this format keeps K and V in f32")
-        self.threads = len(os.sched_getaffinity(0)) if options.threads is None else options.threads
+        self.threads = num_cores() if options.threads is None else options.threads
         if not 1 <= self.threads <= 512:
             raise UsageError(f"--threads {self.threads}: expected 1 to 512")
         self.exits = (*manifest.exits, manifest.model.num_layers)

@@ -106,11 +106,6 @@ class Program:
             except RuntimeError as error:
                 raise EngineError(f"{self.path.name}: compact failed: {error}") from error
 
-    @property
-    def operators(self) -> Any:
-        """ExecuTorch's program, for its profile."""
-        return self._program
-
 
 def set_threads(count: int) -> None:
     """Threads of ExecuTorch's pool, one for the whole process; loaded programs hold on to it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from skipstone.bundle import Bundle, gguf_manifest
 from skipstone.errors import BundleError, EngineError, UsageError
+from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.llamacpp.cache import LlamaCppCache
 from skipstone.runtimes.engines.llamacpp.embedding import EmbeddingTable
 from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part
@@ -112,7 +112,7 @@ class LlamaCppEngine:
 
 
 def _lane_options(bundle: Bundle, options: EngineOptions) -> LaneOptions:
-    threads = options.threads if options.threads is not None else default_threads()
+    threads = options.threads if options.threads is not None else num_cores()
     if not 1 <= threads <= 512:
         raise UsageError(f"--threads {threads}: expected 1 to 512")
     scheme = bundle.manifest.quantization.scheme
@@ -122,10 +122,3 @@ def _lane_options(bundle: Bundle, options: EngineOptions) -> LaneOptions:
             f"--kv-type {kv_type}: expected one of f16, f32", hint=f"ggml knows {', '.join(GGML_TYPES)}"
         )
     return LaneOptions(threads=threads, kv_type=kv_type, extra_buffers=repacking_is_safe(bundle))
-
-
-def default_threads() -> int:
-    """One per core this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
