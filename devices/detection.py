@@ -1,17 +1,19 @@
 """Whether this machine can use a device, and if not, why.
 
 >>> from skipstone.devices.detection import detect
->>> detect(load_profile("cuda")).reason
+>>> detect(load_profile("cuda"), "gguf").reason
 'this build of llama-cpp-python has no GPU backend'
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from skipstone.devices.profiles import DeviceProfile
+from skipstone.devices.profiles import DeviceProfile, FormatSupport
 from skipstone.errors import EngineError
 from skipstone.runtimes.engines.llamacpp.library import library
 
@@ -40,21 +42,45 @@ class Accelerator:
     description: str
 
 
-def detect(profile: DeviceProfile) -> Availability:
-    """Look for a profile's device on this machine."""
+def detect(profile: DeviceProfile, format: str) -> Availability:
+    """Look for a profile's device on this machine.
+
+    Args:
+        profile: the device.
+        format: one of its formats.
+    """
+    system = platform.system()
+    if profile.systems and system not in profile.systems:
+        return Availability(False, f"a device of {' or '.join(profile.systems)}; this is {system}")
+    support = profile.formats[format]
+    return _detect_llamacpp(support) if support.engine == "llamacpp" else _detect_executorch(support)
+
+
+def _detect_llamacpp(support: FormatSupport) -> Availability:
     try:
         llama = library().llama
         found = list_accelerators()
     except EngineError as error:
         return Availability(False, str(error))
-    if profile.gpu_layers != 0 and not llama.llama_supports_gpu_offload():
+    if support.gpu_layers != 0 and not llama.llama_supports_gpu_offload():
         return Availability(False, "this build of llama-cpp-python has no GPU backend")
-    wanted = _ALIASES.get(profile.backend, (profile.backend,))
+    wanted = _ALIASES.get(support.backend, (support.backend,))
     descriptions = [device.description for device in found if device.backend in wanted]
     if not descriptions:
         backends = ", ".join(sorted({device.backend for device in found})) or "none"
-        return Availability(False, f"llama.cpp finds no {profile.backend} device here (backends: {backends})")
+        return Availability(False, f"llama.cpp finds no {support.backend} device here (backends: {backends})")
     return Availability(True, "; ".join(descriptions))
+
+
+def _detect_executorch(support: FormatSupport) -> Availability:
+    """Whether the package is there. Which delegates it was built with only its import could tell, which takes torch
+    and seconds: opening a bundle says so.
+    """
+    try:
+        version = importlib.metadata.version("executorch")
+    except importlib.metadata.PackageNotFoundError:
+        return Availability(False, 'executorch is not installed: `pip install "skipstone[executorch]"`')
+    return Availability(True, f"executorch {version}, {support.backend}")
 
 
 def list_accelerators() -> list[Accelerator]:

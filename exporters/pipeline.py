@@ -4,7 +4,8 @@
     >>> bundle = export_checkpoint("samples/models/coder", "out/", quantize="q8_0", exits=(2, 4))
 
 The bundle is written into a folder beside the target, put to the self-test there, and moved into place only
-after it passed; a failure of any kind leaves nothing behind.
+after it passed; a failure of any kind leaves nothing behind. What this machine cannot run (a program compiled for
+another device) is not tested, and its manifest says so.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from skipstone.bundle import (
     open_bundle,
     write_manifest,
 )
+from skipstone.errors import UsageError
 from skipstone.exporters.formats import Artefacts, ExportOptions, Progress, Step, exporter_of
+from skipstone.exporters.quality import held_out_texts, measure_quality
 from skipstone.exporters.selftest import SelfTest, run_self_test
 from skipstone.runtimes.cores import num_cores
 
@@ -42,6 +45,7 @@ _UNTESTED = Parity(
 _SCRATCH = ".scratch"
 _STEPS = (
     "read", "write", "calibrate", "quantise", "trace", "lower", "save", "split", "draft head", "hash", "self-test",
+    "measure quality",
 )  # fmt: skip
 
 
@@ -50,13 +54,16 @@ def export_checkpoint(
     output: str | os.PathLike[str],
     *,
     device: str = "cpu",
-    format: str = "gguf",
+    format: str | None = None,
     quantize: str | None = None,
     exits: Sequence[int] | None = None,
     draft_vocab_size: int | None = None,
     draft_text: str | os.PathLike[str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    mix: str | None = None,
     context_length: int | None = None,
+    held_out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -66,15 +73,18 @@ def export_checkpoint(
         source: checkpoint folder, hub name, or a .gguf file.
         output: folder of the bundle.
         device: name of a device profile.
-        format: name of a format (`skipstone.exporters.formats.FORMATS`).
-        quantize: scheme; None: q8_0 (gguf) or 8da4w (executorch), or for a .gguf the one it has.
+        format: name of a format (`skipstone.exporters.formats.FORMATS`); None: the device's first.
+        quantize: scheme; None: the device's default for the format, or for a .gguf the one it has.
         exits: layer counts to cut at; None: those recorded with the checkpoint, or a default by depth; (): no
             cuts.
         draft_vocab_size: rows of the draft head; None: a quarter of the vocabulary; 0: all of it.
         draft_text: text in which tokens are counted to choose the draft head's rows, and n-grams for the draft
             table; None: what was recorded with the checkpoint, if anything.
-        imatrix: calibration text for an importance matrix.
+        imatrix: calibration text for an importance matrix (gguf).
+        calibration: text that fixes the scales of activations (executorch, `int8`).
+        mix: schemes of single parts, say `head=8da8w,0-1=none` (executorch).
         context_length: positions to plan K/V for, in formats that fix them at export; None: at most 512.
+        held_out: text, or .jsonl of `{"text": …}`, to measure perplexity on.
         overwrite: replace a bundle that stands at `output`.
         progress: told of every step as it begins.
 
@@ -87,29 +97,46 @@ def export_checkpoint(
     """
     from skipstone.devices.profiles import load_profile
 
-    load_profile(device)  # an unknown name stops here
-    exporter = exporter_of(format)
+    profile = load_profile(device)
+    chosen = profile.choose_format(format)
+    exporter, support = exporter_of(chosen), profile.formats[chosen]
+    keeps_its_own = os.fspath(source).endswith(".gguf")
     options = ExportOptions(
-        quantize=quantize,
+        quantize=support.default_quantize if quantize is None and not keeps_its_own else quantize,
         exits=None if exits is None else tuple(exits),
         draft_vocab_size=draft_vocab_size,
         draft_text=None if draft_text is None else Path(draft_text),
         imatrix=None if imatrix is None else Path(imatrix),
+        calibration=None if calibration is None else Path(calibration),
+        mix=mix,
         threads=num_cores(),
         context_length=context_length,
+        target=support.backend if support.engine == "executorch" else None,
     )
+    text = None if held_out is None else Path(held_out)
+    if text is not None:
+        held_out_texts(text)  # one that cannot be read stops here
     target = Path(output)
     step = _Reporter(progress)
     with bundle_in_progress(target, overwrite=overwrite) as folder:
         scratch = folder / _SCRATCH
         scratch.mkdir()
         artefacts = exporter(os.fspath(source), options, folder, scratch, step)
+        if text is not None and not artefacts.runs_here:
+            raise UsageError(
+                f"--held-out {text}: this machine cannot run what is made for --device {device}",
+                hint="leave it out; the same scheme's figures can be taken with --device cpu",
+            )
         step("hash")
         manifest = _manifest(os.fspath(source), device, artefacts, folder)
         write_manifest(folder, manifest)
-        step("self-test")
-        parity = run_self_test(folder, _self_test(artefacts), scratch)
-        write_manifest(folder, manifest.model_copy(update={"parity": parity}))
+        if artefacts.runs_here:
+            step("self-test")
+            figures: dict[str, object] = {"parity": run_self_test(folder, _self_test(artefacts), scratch)}
+            if text is not None:
+                step("measure quality")
+                figures["quality"] = measure_quality(folder, text, artefacts.reference)
+            write_manifest(folder, manifest.model_copy(update=figures))
         shutil.rmtree(scratch)
     return open_bundle(target, verify_hashes=False)
 
@@ -142,7 +169,7 @@ def _manifest(source: str, device: str, artefacts: Artefacts, folder: Path) -> M
         exits=artefacts.exits,
         draft_table=artefacts.draft_table,
         quantization=artefacts.quantization,
-        parity=_UNTESTED,
+        parity=_UNTESTED if artefacts.runs_here else None,
         files=tuple(describe_file(folder, name) for name in artefacts.files),
         provenance=Provenance(
             source=source,

@@ -92,7 +92,7 @@ class Embedding(nn.Module):
             )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return cast("Tensor", self.table(tokens))
+        return _in_float32(cast("Tensor", self.table(tokens)))
 
 
 class Segment(nn.Module):
@@ -116,6 +116,7 @@ class Segment(nn.Module):
             positions: places in the text, int64 [1, n].
             rows: handed to every `KeyValues`.
         """
+        hidden = _as_computed(hidden, self.layers)
         angles = self.rotary(hidden, positions)
         for layer in self.layers.values():
             out: Tensor | tuple[Tensor, ...] = layer(
@@ -128,7 +129,7 @@ class Segment(nn.Module):
                 rows=rows,
             )
             hidden = out[0] if isinstance(out, tuple) else out
-        return hidden
+        return _in_float32(hidden)
 
 
 class Head(nn.Module):
@@ -139,7 +140,17 @@ class Head(nn.Module):
         self.norm, self.projection = norm, projection
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return cast("Tensor", self.projection(self.norm(hidden)))
+        return _in_float32(cast("Tensor", self.projection(self.norm(_as_computed(hidden, self.norm)))))
+
+
+def _as_computed(hidden: Tensor, module: nn.Module) -> Tensor:
+    """Hidden states, which travel in float32, in the type that a module computes with."""
+    dtype = next(module.parameters()).dtype
+    return hidden if dtype == torch.float32 else hidden.to(dtype)
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
 @dataclass(frozen=True)

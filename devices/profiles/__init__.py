@@ -1,7 +1,7 @@
 """What a device is, what it accepts, and whether this machine has it.
 
     >>> from skipstone.devices.profiles import load_profile
-    >>> load_profile("cpu").default_quantize
+    >>> load_profile("cpu").formats["gguf"].default_quantize
     'q8_0'
 
 A profile is one TOML file in this folder; a new device is one new file.
@@ -15,26 +15,48 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from skipstone.errors import DeviceError
+from skipstone.errors import DeviceError, UsageError
 
 _FOLDER = Path(__file__).resolve().parent
 
 
+class FormatSupport(BaseModel):
+    """How a device runs the bundles of one format, and how far that was tried.
+
+    Attributes:
+        engine: what runs them (`skipstone.runtimes.engines`).
+        backend: the engine's own name for the device: as llama.cpp's registry gives it, or the target that an
+            ExecuTorch program is lowered to.
+        quantizations: schemes the device computes with; the first one where the user names none.
+        gpu_layers: llama.cpp: layers to place on it; 0 keeps them on the CPU, -1 is all.
+        status: `runs` (measured on the real device), `emulated`, `compiled` (builds, was not run) or
+            `not run`.
+        verified: what was done to be able to say so.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: Literal["llamacpp", "executorch"]
+    backend: str
+    quantizations: tuple[str, ...] = Field(min_length=1)
+    gpu_layers: int = Field(default=0, ge=-1)
+    status: Literal["runs", "emulated", "compiled", "not run"]
+    verified: str
+
+    @property
+    def default_quantize(self) -> str:
+        """Scheme where the user names none."""
+        return self.quantizations[0]
+
+
 class DeviceProfile(BaseModel):
-    """A device and how far it was tried.
+    """A device.
 
     Attributes:
         name: as given to `--device`; the file's name.
         title: for people.
-        engine: what runs bundles there (`skipstone.runtimes.engines`).
-        backend: the engine's own name for the device, as llama.cpp's registry gives it.
-        formats: bundle formats it takes.
-        default_quantize: scheme where the user names none.
-        quantizations: schemes the device computes with, the default included.
-        gpu_layers: layers to place on it; 0 keeps them on the CPU, -1 is all.
-        status: `runs` (measured on the real device), `emulated`, `compiled` (builds, was not run) or
-            `not run`.
-        verified: what was done to be able to say so.
+        systems: operating systems that have it, as Python's `platform.system()` names them; empty: any.
+        formats: bundle formats it takes; the first one where the user names none.
         notes: what a user should know.
         sources: where the facts come from.
     """
@@ -43,16 +65,25 @@ class DeviceProfile(BaseModel):
 
     name: str
     title: str
-    engine: Literal["llamacpp"]
-    backend: str
-    formats: tuple[str, ...] = Field(min_length=1)
-    default_quantize: str
-    quantizations: tuple[str, ...] = Field(min_length=1)
-    gpu_layers: int = Field(ge=-1)
-    status: Literal["runs", "emulated", "compiled", "not run"]
-    verified: str
+    systems: tuple[str, ...] = ()
+    formats: dict[str, FormatSupport] = Field(min_length=1)
     notes: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+
+    def choose_format(self, name: str | None) -> str:
+        """The named format, or the first one.
+
+        Raises:
+            UsageError: the device does not take it; lists what it takes.
+        """
+        if name is None:
+            return next(iter(self.formats))
+        if name not in self.formats:
+            raise UsageError(
+                f"--format {name}: --device {self.name} takes {', '.join(self.formats)}",
+                hint="leave --format out, or choose another device: `skipstone devices` lists them",
+            )
+        return name
 
 
 def profile_names() -> tuple[str, ...]:

@@ -6,13 +6,13 @@ A new format is one module or package with a function of the type `Exporter`, an
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 from skipstone.bundle import Manifest, ModelFacts, Quantization
-from skipstone.errors import UsageError
+from skipstone.errors import ExportError, UsageError
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,11 @@ class ExportOptions:
         draft_vocab_size: rows of the draft head; 0: the whole vocabulary.
         draft_text: text to count tokens and n-grams in.
         imatrix: calibration text for the importance matrix.
+        calibration: text that fixes the scales of activations, in schemes that round them so.
+        mix: schemes of single parts, say `head=8da8w,0-1=none`.
         threads: CPU threads.
         context_length: positions to plan K/V for, where the format fixes them.
+        target: what to compile for, where the format compiles; None: the format's default.
     """
 
     quantize: str | None = None
@@ -46,8 +49,27 @@ class ExportOptions:
     draft_vocab_size: int | None = None
     draft_text: Path | None = None
     imatrix: Path | None = None
+    calibration: Path | None = None
+    mix: str | None = None
     threads: int = 2
     context_length: int | None = None
+    target: str | None = None
+
+
+def refuse_options(options: ExportOptions, reasons: Mapping[str, str]) -> None:
+    """Refuse what a format does not take.
+
+    Args:
+        options: what the user asked for.
+        reasons: by the name of a field of `ExportOptions`, why it cannot be given.
+
+    Raises:
+        UsageError: one was given.
+    """
+    for name, reason in reasons.items():
+        value = getattr(options, name)
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: {reason}", hint="leave it out")
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,7 @@ class Artefacts:
         reference_tolerance: largest difference of a logit; None: only the agreement counts.
         source_sha256: hash of the input.
         engine: library and version.
+        runs_here: whether this machine can run it, and so test it.
     """
 
     model: ModelFacts
@@ -91,6 +114,7 @@ class Artefacts:
     reference_tolerance: float | None
     source_sha256: str
     engine: str
+    runs_here: bool = True
 
 
 class Exporter(Protocol):
@@ -106,15 +130,26 @@ FORMATS = {
     "executorch": "skipstone.exporters.formats.executorch.exporter:export_executorch",
 }
 
+_EXTRAS = {"gguf": "llamacpp", "executorch": "executorch"}
+
 
 def exporter_of(name: str) -> Exporter:
     """The exporter of a format.
 
     Raises:
         UsageError: no such format; lists them.
+        ExportError: a package that the format needs is not installed.
     """
     target = FORMATS.get(name)
     if target is None:
         raise UsageError(f"--format {name}: unknown format, expected {', '.join(FORMATS)}")
     module, function = target.split(":")
-    return cast("Exporter", getattr(importlib.import_module(module), function))
+    try:
+        return cast("Exporter", getattr(importlib.import_module(module), function))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "skipstone":
+            raise
+        raise ExportError(
+            f"--format {name}: {error.name} is not installed",
+            hint=f'install it with `pip install "skipstone[export,{_EXTRAS[name]}]"`',
+        ) from error

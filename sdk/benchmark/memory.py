@@ -6,7 +6,6 @@ Run as a module this is that process: `python -m skipstone.benchmark.memory REQU
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 from contextlib import closing
@@ -14,8 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from skipstone.errors import EngineError
-
-_STATUS = Path("/proc/self/status")
+from skipstone.runtimes.resident import own_peak_bytes
 
 
 @dataclass(frozen=True)
@@ -53,22 +51,6 @@ def peak_rss_mb(request: MemoryRequest) -> float:
             hint="pass --no-memory to leave it out",
         )
     return float(json.loads(done.stdout.strip().splitlines()[-1])["peak_rss_mb"])
-
-
-def own_peak_bytes() -> int:
-    """Peak resident memory of this process.
-
-    Linux hands `ru_maxrss` of the parent down through fork and exec, so the kernel's figure for this very
-    address space is read instead.
-    """
-    if _STATUS.is_file():
-        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def _serve(request: MemoryRequest) -> None:

@@ -95,7 +95,7 @@ def bundle_facts(bundle: Bundle) -> BundleFacts:
         exits=manifest.exits,
         quantization=manifest.quantization.scheme,
         bytes=sum(entry.size for entry in manifest.files),
-        near_tie_margin=manifest.parity.near_tie_margin,
+        near_tie_margin=manifest.near_tie_margin,
         source_sha256=manifest.provenance.source_sha256,
     )
 

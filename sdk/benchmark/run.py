@@ -183,7 +183,7 @@ class _Bench:
                 [sample.tokens for sample in plain.samples[0]],
                 [[sample.tokens for sample in passed] for passed in series.samples],
                 self._logits_after,
-                self.target.bundle.manifest.parity.near_tie_margin,
+                self.target.bundle.manifest.near_tie_margin,
             )
         memory = peak_rss_mb(self._memory_request(series.strategy)) if self._options.memory else None
         return make_row(series, plain, matches, self.target.costs.plain, memory)

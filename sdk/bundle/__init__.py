@@ -34,6 +34,7 @@ from skipstone.bundle.manifest import (
     Parity,
     ProgramEntry,
     Provenance,
+    Quality,
     Quantization,
     SegmentEntry,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "Parity",
     "ProgramEntry",
     "Provenance",
+    "Quality",
     "Quantization",
     "SegmentEntry",
     "bundle_in_progress",

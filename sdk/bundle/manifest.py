@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -87,10 +88,14 @@ class DraftHeadEntry(_Record):
 
 
 class Quantization(_Record):
-    """Scheme (`f32`, `f16`, `q8_0`, `q4_0`, …), and the calibration text's hash where an importance matrix was used."""
+    """Scheme (`f32`, `f16`, `q8_0`, `8da4w`, …), schemes of single parts, and hashes of the texts that were used: for an
+    importance matrix, for the scales of activations.
+    """
 
     scheme: str
+    mix: dict[str, str] = {}
     imatrix_sha256: str | None = None
+    calibration_sha256: str | None = None
     bits_per_weight: float | None = None
 
 
@@ -111,6 +116,20 @@ class Parity(_Record):
     width_noise: float
     near_tie_margin: float
     agreement_with_reference: float | None = None
+
+
+class Quality(_Record):
+    """How the artefact predicts a held-out text: perplexity over `tokens` predicted tokens, its own and the checkpoint's
+    in float32; mean divergence of its distribution from the checkpoint's (Kullback–Leibler, nats); share of positions
+    with the same best token. None where there is no checkpoint to compare with.
+    """
+
+    text_sha256: str
+    tokens: Annotated[int, Field(gt=0)]
+    perplexity: float
+    reference_perplexity: float | None = None
+    kl_divergence: float | None = None
+    agreement: float | None = None
 
 
 class CostCurve(_Record):
@@ -149,16 +168,26 @@ class ProgramEntry(_Record):
 
     `slots` positions of K/V, drafts included; batches of 1 to `max_width` rows. Widths from `reference_width` on agree
     numerically; narrower batches are padded up to it. `draft_vocabulary` is a little-endian int32 file: the token id of
-    every row of the draft head.
+    every row of the draft head. `status` says whether the program `runs` where it was exported, and so went through the
+    self-test, or was only `compiled` there, for a `target` that the machine does not have.
     """
 
     file: str
     target: str
+    status: Literal["runs", "compiled"] = "runs"
     slots: Annotated[int, Field(gt=0)]
     max_width: Annotated[int, Field(gt=0)]
     reference_width: Annotated[int, Field(gt=0)] = 1
     draft_vocabulary: str | None = None
     methods: tuple[MethodEntry, ...]
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> Self:
+        if not self.reference_width <= self.max_width <= self.slots:
+            raise ValueError(
+                f"reference_width {self.reference_width} ≤ max_width {self.max_width} ≤ slots {self.slots} was expected"
+            )
+        return self
 
     def weight_bytes(self, method: str) -> int:
         """Bytes of weights that a call of the method reads; 0 for a method without any."""
@@ -166,7 +195,10 @@ class ProgramEntry(_Record):
 
 
 class ManifestBase(_Record):
-    """What the manifests of all formats hold, schema version 1."""
+    """What the manifests of all formats hold, schema version 1.
+
+    `parity` is None only where the artefact could not be run on the machine that exported it.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     device: str
@@ -175,10 +207,16 @@ class ManifestBase(_Record):
     draft_table: str | None = None
     tokenizer: str = "tokenizer.json"
     quantization: Quantization
-    parity: Parity
+    parity: Parity | None
+    quality: Quality | None = None
     cost: CostCurve | None = None
     files: tuple[FileEntry, ...]
     provenance: Provenance
+
+    @property
+    def near_tie_margin(self) -> float:
+        """See `Parity`; 0 where nothing could be measured."""
+        return 0.0 if self.parity is None else self.parity.near_tie_margin
 
     @property
     def contents(self) -> dict[str, str]:
@@ -230,6 +268,12 @@ class GgufManifest(ManifestBase):
         return found
 
     @model_validator(mode="after")
+    def _was_tested(self) -> Self:
+        if self.parity is None:
+            raise ValueError("parity: figures were expected")
+        return self
+
+    @model_validator(mode="after")
     def _exits_are_the_inner_cuts(self) -> Self:
         cuts = tuple(segment.stop for segment in self.segments)
         if cuts != (*self.exits, self.model.num_layers):
@@ -251,7 +295,16 @@ class ExecuTorchManifest(ManifestBase):
         return found
 
     @model_validator(mode="after")
+    def _was_tested_where_it_runs(self) -> Self:
+        if (self.parity is None) != (self.program.status == "compiled"):
+            raise ValueError(f"program.status {self.program.status!r} does not go with the parity figures")
+        return self
+
+    @model_validator(mode="after")
     def _methods_are_the_exits(self) -> Self:
+        edges = (0, *self.exits, self.model.num_layers)
+        if any(first >= second for first, second in pairwise(edges)):
+            raise ValueError(f"exits {self.exits} do not rise within {self.model.num_layers} layers")
         found = {entry.name for entry in self.program.methods}
         expected = {"embed", "head", "compact"} | {f"segment_{k}" for k in range(len(self.exits) + 1)}
         if self.program.draft_vocabulary is not None:

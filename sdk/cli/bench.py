@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ from skipstone.errors import UsageError
 
 if TYPE_CHECKING:
     from skipstone.benchmark.measure import Progress
+    from skipstone.runtimes.engines import EngineOptions
+    from skipstone.runtimes.engines.executorch.profile import Profile
 
 
 def bench(
@@ -57,10 +60,15 @@ def bench(
     ] = False,
     whole_gguf: Annotated[Path | None, typer.Option(help="The uncut model, for --baselines.")] = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Do not measure peak memory.")] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Also say where each method's time goes, operator by operator."),
+    ] = False,
 ) -> None:
     """Compare every strategy with plain decoding: speed, acceptance, memory, same output or not."""
     from rich.console import Console
 
+    from skipstone.benchmark.profile_tables import show_profile
     from skipstone.benchmark.prompts import DEFAULT_PROMPTS, read_prompts
     from skipstone.benchmark.render import show
     from skipstone.benchmark.report import check_writable, write_json
@@ -94,11 +102,15 @@ def bench(
     )
     if json is not None:
         check_writable(json)
+    profiler = _profiler(bundle) if profile else None
     with _bar() as report_progress:
         report = run_bench(bundle, options, report_progress)
+        measured = None if profiler is None else profiler(options.engine, report_progress)
     if json is not None:
-        write_json(json, report.as_json())
+        write_json(json, report.as_json() | ({} if measured is None else {"profile": asdict(measured)}))
     show(report, Console())
+    if measured is not None:
+        show_profile(measured, Console())
 
 
 def parse_strategies(text: str) -> tuple[str, ...]:
@@ -115,6 +127,31 @@ def parse_strategies(text: str) -> tuple[str, ...]:
     for name in names:
         check_strategy(name, "--strategies")
     return names
+
+
+def _profiler(
+    folder: Path,
+) -> Callable[[EngineOptions, Callable[[Progress], None]], Profile]:
+    """What profiles this bundle.
+
+    Raises:
+        BundleError: there is no bundle.
+        UsageError: nothing profiles its format.
+    """
+    from skipstone.benchmark.measure import Progress
+    from skipstone.bundle import open_bundle, read_manifest
+    from skipstone.runtimes.engines.reports import PROFILERS, choose
+
+    measure = choose(PROFILERS, read_manifest(folder).format, "--profile")
+
+    def run(options: EngineOptions, report: Callable[[Progress], None]) -> Profile:
+        return measure(
+            open_bundle(folder, verify_hashes=False),
+            options,
+            lambda at: report(Progress(at.done, at.total, f"profile {at.method}")),
+        )
+
+    return run
 
 
 @contextmanager

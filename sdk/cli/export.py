@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from skipstone.bundle import Manifest
+from skipstone.bundle import Manifest, Parity
 from skipstone.cli._options import ManifestJson
+from skipstone.cli._untested import untested
 from skipstone.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="Hugging Face folder, hub name, or a .gguf file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     device: Annotated[str, typer.Option(help="Device profile; `skipstone devices` lists them.")] = "cpu",
-    format: Annotated[str, typer.Option(help="gguf or executorch.")] = "gguf",
+    format: Annotated[
+        str | None, typer.Option(help="gguf or executorch.", show_default="the device's first")
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="gguf: none, f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_xs, …; executorch: none, 8da4w, 8da8w.",
-            show_default="q8_0, 8da4w",
+            help="gguf: none, f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_xs, …; executorch: none, fp16, 8da4w, "
+            "8da8w, int8, 4w, 8w.",
+            show_default="the device's first",
         ),
     ] = None,
     exits: Annotated[
@@ -44,9 +48,19 @@ def export(
         Path | None, typer.Option(help="Text like what will be generated, to count drafts from.")
     ] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Calibration text for an importance matrix.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text that fixes the scales of activations (executorch, int8).")
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Schemes of single parts, say head=8da8w,0-1=none,embed=none (executorch)."),
+    ] = None,
     context_length: Annotated[
         int | None,
         typer.Option(help="Positions to plan K/V for (executorch).", show_default="the model's, at most 512"),
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Text or .jsonl to measure the artefact's perplexity on.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --output.")] = False,
     json: ManifestJson = False,
@@ -66,7 +80,10 @@ def export(
             draft_vocab_size=draft_vocab_size,
             draft_text=draft_text,
             imatrix=imatrix,
+            calibration=calibration,
+            mix=mix,
             context_length=context_length,
+            held_out=held_out,
             overwrite=overwrite,
             progress=report,
         )
@@ -111,16 +128,23 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[Step], None]]:
 
 def _summarise(output: Path, manifest: Manifest) -> None:
     size = sum(entry.size for entry in manifest.files) / 1e6
-    parity, exits = manifest.parity, ", ".join(map(str, manifest.exits)) or "none"
+    exits = ", ".join(map(str, manifest.exits)) or "none"
     console = Console()
     lines = [
         f"[bold]{escape(manifest.model.name)}[/bold] → {escape(str(output))} {manifest.quantization.scheme}, "
         f"{size:.1f} MB, exits {exits}"
     ]
+    if manifest.parity is None:
+        lines += untested(manifest)
+    else:
+        lines.append(_self_test(manifest.parity))
+        lines.append(f"next: skipstone generate {escape(str(output))} --prompt TEXT")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _self_test(parity: Parity) -> str:
     against = ""
     if parity.agreement_with_reference is not None:
         against = f"best token as the reference's at {parity.agreement_with_reference:.0%} of positions, "
-    lines.append(f"self-test passed: {against}cut against whole ≤ {parity.split:.2g}")
-    lines.append(f"next: skipstone generate {escape(str(output))} --prompt TEXT")
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+    return f"self-test passed: {against}cut against whole ≤ {parity.split:.2g}"

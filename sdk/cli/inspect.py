@@ -2,27 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from json import dumps, loads
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from skipstone.bundle import CostCurve, Manifest, open_bundle
+from skipstone.bundle import CostCurve, Manifest, Parity, Quality, open_bundle, read_manifest
 from skipstone.cli._options import BundleFolder, ManifestJson
+from skipstone.cli._untested import untested
+
+if TYPE_CHECKING:
+    from skipstone.runtimes.engines.executorch.memory import MemoryReport
 
 
-def inspect(bundle: BundleFolder, json: ManifestJson = False) -> None:
+def inspect(
+    bundle: BundleFolder,
+    json: ManifestJson = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory", help="Also load it in a process of its own and say what takes how much memory."
+        ),
+    ] = False,
+) -> None:
     """Check a bundle's files and show what it holds."""
+    report = _report_memory(bundle) if memory else None
     manifest = open_bundle(bundle).manifest
     if json:
-        typer.echo(manifest.model_dump_json(indent=2))
+        text = manifest.model_dump_json(indent=2)
+        typer.echo(text if report is None else dumps(loads(text) | {"memory": asdict(report)}, indent=2))
         return
     console = Console()
     console.print(_facts(manifest))
     console.print(_files(manifest))
-    console.print(_parity(manifest))
+    if manifest.parity is None:
+        console.print("\n".join(untested(manifest)), highlight=False)
+    else:
+        console.print(_parity(manifest.parity))
+    if manifest.quality is not None:
+        console.print(_quality(manifest.quality))
     if manifest.cost is not None:
         console.print(_cost(manifest.cost))
+    if report is not None:
+        console.print(_memory(report))
+
+
+def _report_memory(folder: Path) -> MemoryReport:
+    """Measure a bundle's memory.
+
+    Raises:
+        BundleError: there is no whole bundle.
+        UsageError: nothing reports its format's memory.
+        EngineError: it cannot be loaded.
+    """
+    from skipstone.runtimes.engines import EngineOptions
+    from skipstone.runtimes.engines.reports import MEMORY_REPORTERS, choose
+
+    reporter = choose(MEMORY_REPORTERS, read_manifest(folder).format, "--memory")
+    return reporter(open_bundle(folder), EngineOptions())
 
 
 def _facts(manifest: Manifest) -> Table:
@@ -33,12 +75,13 @@ def _facts(manifest: Manifest) -> Table:
         else f", {quantization.bits_per_weight:.2f} bits per weight"
     )
     imatrix = "" if quantization.imatrix_sha256 is None else ", importance matrix"
+    mix = "".join(f", {part} {scheme}" for part, scheme in quantization.mix.items())
     rows = {
         "model": f"{model.name} ({model.architecture}, {model.parameters / 1e6:.1f} M parameters)",
         "shape": f"{model.num_layers} layers × {model.hidden_size}, {model.vocab_size} tokens, "
         f"context {model.context_length}",
         "exits": ", ".join(map(str, manifest.exits)) or "none",
-        "quantisation": f"{quantization.scheme}{bits}{imatrix}",
+        "quantisation": f"{quantization.scheme}{mix}{bits}{imatrix}",
         "format, device": f"{manifest.format}, {manifest.device}",
         "source": origin.source,
         "made by": f"{origin.tool}, {origin.engine}, {origin.created}",
@@ -58,8 +101,7 @@ def _files(manifest: Manifest) -> Table:
     return table
 
 
-def _parity(manifest: Manifest) -> Table:
-    parity = manifest.parity
+def _parity(parity: Parity) -> Table:
     table = Table(
         "self-test", "largest difference of a logit", "allowed", title="Parity", title_justify="left"
     )
@@ -77,6 +119,18 @@ def _parity(manifest: Manifest) -> Table:
     return table
 
 
+def _quality(quality: Quality) -> Table:
+    title = f"Quality on held-out text ({quality.tokens} tokens, {quality.text_sha256[:12]})"
+    table = Table("", "this artefact", "the checkpoint in f32", title=title, title_justify="left")
+    reference = "—" if quality.reference_perplexity is None else f"{quality.reference_perplexity:.3f}"
+    table.add_row("perplexity", f"{quality.perplexity:.3f}", reference)
+    if quality.kl_divergence is not None:
+        table.add_row("divergence from the checkpoint, nats", f"{quality.kl_divergence:.4f}", "0")
+    if quality.agreement is not None:
+        table.add_row("best token as the checkpoint's", f"{quality.agreement:.1%}", "")
+    return table
+
+
 def _cost(cost: CostCurve) -> Table:
     title = f"Milliseconds per call by rows in the batch ({cost.threads} threads, {cost.machine})"
     table = Table("part", *map(str, cost.widths), title=title, title_justify="left")
@@ -84,4 +138,50 @@ def _cost(cost: CostCurve) -> Table:
         table.add_row(f"segment {index}", *(f"{seconds * 1e3:.3f}" for seconds in curve))
     if cost.draft_head:
         table.add_row("draft head", *(f"{seconds * 1e3:.3f}" for seconds in cost.draft_head))
+    return table
+
+
+def _memory(report: MemoryReport) -> Table:
+    """Planned in the file on the left, taken by a process on the right."""
+    title = (
+        f"Memory in MB: K/V for {report.slots} positions and activations of the widest batch, one arena of each for "
+        f"all methods; grown by loading and by the first call"
+    )
+    table = Table("part", title=title, title_justify="left")
+    for name in ("weights", "K/V", "activations", "loading", "first call"):
+        table.add_column(name, justify="right")
+
+    def row(name: str, *sizes: int | None, style: str = "") -> None:
+        cells = ("" if size is None else f"{size / 1e6:.2f}" for size in sizes)
+        table.add_row(name, *cells, style=style)
+
+    row(
+        f"file opened ({report.file_bytes / 1e6:.1f} MB)",
+        report.constant_bytes,
+        None,
+        None,
+        report.opening.total,
+    )
+    for method in report.methods:
+        row(
+            method.name,
+            method.weight_bytes,
+            method.key_value_bytes,
+            method.activation_bytes,
+            method.loading.total,
+            method.calling.total,
+        )
+    table.add_section()
+    grown, called = report.loaded - report.idle, report.called - report.loaded
+    weights = report.packed_bytes + report.constant_bytes
+    row(
+        "all",
+        weights,
+        report.key_value_bytes,
+        report.activation_bytes,
+        grown.total,
+        called.total,
+        style="bold",
+    )
+    row("of it private", None, None, None, grown.private, called.private)
     return table

@@ -1,6 +1,9 @@
 """Whether this machine has a device, with llama.cpp's registry replaced where another machine is needed."""
 
 import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
@@ -24,6 +27,7 @@ class Build:
 def other_machine(monkeypatch: pytest.MonkeyPatch, found: list[Accelerator], *, gpu: bool) -> None:
     monkeypatch.setattr(detection, "library", lambda: Build(gpu=gpu))
     monkeypatch.setattr(detection, "list_accelerators", lambda: found)
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")  # where every device of llama.cpp may be
 
 
 def test_llama_cpp_lists_this_machines_cpu() -> None:
@@ -34,18 +38,19 @@ def test_llama_cpp_lists_this_machines_cpu() -> None:
 
 
 def test_the_cpu_can_be_used_here() -> None:
-    assert detect(load_profile("cpu")).usable
+    assert detect(load_profile("cpu"), "gguf").usable
 
 
 def test_every_answer_has_a_reason() -> None:
-    assert all(detect(load_profile(name)).reason for name in profile_names())
+    profiles = [load_profile(name) for name in profile_names()]
+    assert all(detect(profile, format).reason for profile in profiles for format in profile.formats)
 
 
 def test_a_build_without_a_gpu_backend_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     other_machine(monkeypatch, [Accelerator("CPU", "a processor")], gpu=False)
-    assert detect(load_profile("cpu")) == Availability(True, "a processor")
+    assert detect(load_profile("cpu"), "gguf") == Availability(True, "a processor")
     for name in ("cuda", "vulkan", "metal"):
-        here = detect(load_profile(name))
+        here = detect(load_profile(name), "gguf")
         assert not here.usable
         assert "no GPU backend" in here.reason
 
@@ -53,8 +58,8 @@ def test_a_build_without_a_gpu_backend_is_the_reason(monkeypatch: pytest.MonkeyP
 def test_a_gpu_of_another_backend_is_not_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [Accelerator("CUDA", "a card"), Accelerator("CUDA", "another"), Accelerator("CPU", "a processor")]
     other_machine(monkeypatch, found, gpu=True)
-    assert detect(load_profile("cuda")) == Availability(True, "a card; another")
-    here = detect(load_profile("vulkan"))
+    assert detect(load_profile("cuda"), "gguf") == Availability(True, "a card; another")
+    here = detect(load_profile("vulkan"), "gguf")
     assert not here.usable
     assert "no Vulkan device" in here.reason
     assert "CPU, CUDA" in here.reason
@@ -63,7 +68,7 @@ def test_a_gpu_of_another_backend_is_not_this_one(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("backend", ["MTL", "Metal"])
 def test_metal_is_found_under_both_its_names(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     other_machine(monkeypatch, [Accelerator(backend, "an Apple GPU")], gpu=True)
-    assert detect(load_profile("metal")).usable
+    assert detect(load_profile("metal"), "gguf").usable
 
 
 def test_a_missing_engine_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +76,44 @@ def test_a_missing_engine_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None
         raise EngineError("llama-cpp-python cannot be loaded", hint="install it")
 
     monkeypatch.setattr(detection, "library", missing)
-    here = detect(load_profile("cpu"))
+    here = detect(load_profile("cpu"), "gguf")
     assert not here.usable
     assert "install it" in here.reason
+
+
+def test_executorch_can_be_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = detect(load_profile("cpu"), "executorch")
+    assert here == Availability(True, f"executorch {version('executorch')}, xnnpack")
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(detection.importlib.metadata, "version", missing)
+    there = detect(load_profile("cpu"), "executorch")
+    assert not there.usable
+    assert "skipstone[executorch]" in there.reason
+
+
+def test_a_device_of_another_system_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    for name, system in (
+        ("android-vulkan", "Android"),
+        ("apple-coreml", "Darwin"),
+        ("android-cpu", "Android"),
+    ):
+        here = detect(load_profile(name), "executorch")
+        assert not here.usable
+        assert system in here.reason
+        assert here.reason.endswith("this is Linux")
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    assert detect(load_profile("apple-coreml"), "executorch").usable
+
+
+def test_looking_for_devices_does_not_import_torch() -> None:
+    look = (
+        "import sys; from skipstone.devices.detection import detect; "
+        "from skipstone.devices.profiles import load_profile; "
+        "print(detect(load_profile('cpu'), 'executorch').usable, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

@@ -6,18 +6,19 @@ import pytest
 
 from skipstone.devices import profiles
 from skipstone.devices.profiles import load_profile, profile_names, read_profile
-from skipstone.errors import DeviceError
+from skipstone.errors import DeviceError, UsageError
 from skipstone.exporters.formats import FORMATS
+from skipstone.exporters.formats.executorch.targets import TARGETS
 from skipstone.exporters.formats.gguf.schemes import SCHEMES
 from skipstone.runtimes.engines import ENGINES
 
 GOOD = """
 name = "toaster"
 title = "Toaster"
+
+[formats.gguf]
 engine = "llamacpp"
 backend = "CPU"
-formats = ["gguf"]
-default_quantize = "q8_0"
 quantizations = ["q8_0"]
 gpu_layers = 0
 status = "not run"
@@ -27,24 +28,49 @@ verified = "Nothing."
 
 def test_every_file_of_the_folder_is_a_profile_of_its_name() -> None:
     files = {path.stem for path in Path(profiles.__file__).parent.glob("*.toml")}
-    assert files == set(profile_names()) >= {"cpu", "cuda", "metal", "vulkan"}
+    assert files == set(profile_names()) >= {
+        "cpu", "cuda", "metal", "vulkan", "android-cpu", "android-vulkan", "apple-coreml",
+    }  # fmt: skip
     assert all(load_profile(name).name == name for name in files)
 
 
 @pytest.mark.parametrize("name", profile_names())
 def test_a_profile_names_only_what_exists(name: str) -> None:
-    profile = load_profile(name)
-    assert set(profile.quantizations) <= set(SCHEMES)
-    assert profile.default_quantize in profile.quantizations
-    assert set(profile.formats) <= set(FORMATS) & set(ENGINES)
+    for format, support in load_profile(name).formats.items():
+        assert format in FORMATS
+        assert format in ENGINES
+        assert support.engine == {"gguf": "llamacpp", "executorch": "executorch"}[format]
+        known = SCHEMES if support.engine == "llamacpp" else TARGETS[support.backend].schemes
+        assert set(support.quantizations) <= set(known)
+        assert support.default_quantize == support.quantizations[0]
 
 
 @pytest.mark.parametrize("name", profile_names())
 def test_a_profile_says_how_it_was_verified(name: str) -> None:
     profile = load_profile(name)
-    assert profile.verified
     assert profile.sources
-    assert (profile.status == "not run") == profile.verified.startswith("Nothing")
+    for support in profile.formats.values():
+        assert support.verified
+        assert (support.status == "not run") == support.verified.startswith("Nothing")
+
+
+def test_every_target_of_executorch_has_a_device() -> None:
+    profiles = map(load_profile, profile_names())
+    formats = [profile.formats["executorch"] for profile in profiles if "executorch" in profile.formats]
+    assert {support.backend for support in formats} == set(TARGETS)
+
+
+def test_a_device_takes_its_first_format_where_none_is_named() -> None:
+    assert load_profile("cpu").choose_format(None) == "gguf"
+    assert load_profile("cpu").choose_format("executorch") == "executorch"
+    assert load_profile("apple-coreml").choose_format(None) == "executorch"
+
+
+def test_a_format_that_a_device_lacks_is_refused_with_those_it_has() -> None:
+    with pytest.raises(UsageError, match=r"--format gguf: --device android-vulkan takes executorch"):
+        load_profile("android-vulkan").choose_format("gguf")
+    with pytest.raises(UsageError, match=r"--format onnx: --device cpu takes gguf, executorch"):
+        load_profile("cpu").choose_format("onnx")
 
 
 @pytest.mark.parametrize("name", ["toaster", "", "../cpu", "cpu.toml", "CPU"])
@@ -59,7 +85,7 @@ def test_an_unknown_device_is_refused_with_the_known_ones(name: str) -> None:
     [
         (('status = "not run"', 'status = "surely"'), "status"),
         (('engine = "llamacpp"', 'engine = "steam"'), "engine"),
-        (('formats = ["gguf"]', "formats = []"), "formats"),
+        (("quantizations", "colours"), "formats.gguf.quantizations"),
         (("gpu_layers = 0", "gpu_layers = -7"), "gpu_layers"),
         (('verified = "Nothing."', ""), "verified"),
         (('title = "Toaster"', 'title = "Toaster"\nslots = 2'), "slots"),

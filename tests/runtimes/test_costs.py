@@ -54,15 +54,22 @@ def test_the_best_count_maximises_expected_tokens_per_second(
 @given(
     costs=models(),
     scores=st.lists(st.floats(0, 1), max_size=24).map(lambda s: sorted(s, reverse=True)),
+    spent=st.floats(0, 1e-2),
     ceiling=st.floats(0, 1e-1),
 )
-def test_no_round_is_planned_past_its_ceiling(costs: CostModel, scores: list[float], ceiling: float) -> None:
-    count, rate = costs.best_count(scores, 0.0, limit=31, ceiling=ceiling)
-    free, best = costs.best_count(scores, 0.0, limit=31)
-    assert count == 0 or costs.run(0, 6, count + 1) <= ceiling
-    assert rate <= best
-    if all(costs.run(0, 6, n + 1) <= ceiling for n in range(1, len(scores) + 1)):
-        assert count == free
+def test_of_the_rounds_within_the_ceiling_the_best_is_planned(
+    costs: CostModel, scores: list[float], spent: float, ceiling: float
+) -> None:
+    """What was spent on drafting counts; more drafts than a count that is too dear are not looked at."""
+    count, rate = costs.best_count(scores, spent, limit=31, ceiling=ceiling)
+    seconds = [spent + costs.run(0, 6, n + 1) for n in range(len(scores) + 1)]
+    within = 0
+    while within < len(scores) and seconds[within + 1] <= ceiling:
+        within += 1
+    rates = [(1.0 + sum(scores[:n])) / seconds[n] for n in range(within + 1)]
+    assert count <= within
+    assert rate == pytest.approx(max(rates))
+    assert rates[count] == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])

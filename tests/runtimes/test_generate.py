@@ -16,11 +16,13 @@ from skipstone.errors import ContextFullError, UsageError
 from skipstone.runtimes import verify
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters import text_drafter
+from skipstone.runtimes.drafters.base import DraftRequest
 from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
 from skipstone.runtimes.drafters.growth import GrowthOptions
-from skipstone.runtimes.generate import FixedPolicy, GenerationLimits, Policy, Step, generate
+from skipstone.runtimes.generate import Choice, FixedPolicy, GenerationLimits, Policy, Step, generate
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
+from skipstone.runtimes.tree import TokenTree
 from tests.runtimes.chi_square import goodness_of_fit
 from tests.runtimes.drafters_zoo import DRAFTERS, RandomDrafter, auto_policy
 from tests.runtimes.test_verify import choose_from_p_after_refusal
@@ -247,6 +249,25 @@ def test_a_prompt_that_does_not_fit_is_refused_and_the_session_kept() -> None:
     with pytest.raises(ContextFullError):
         next(run(setting, FixedPolicy(None), session))
     assert list(session.tokens) == PROMPT
+
+
+def test_what_a_policy_allows_a_round_is_what_its_drafter_is_told() -> None:
+    asked: list[float] = []
+
+    class Listening(RandomDrafter):
+        def propose(self, request: DraftRequest) -> TokenTree:
+            asked.append(request.allowance)
+            return super().propose(request)
+
+    class Allowing(FixedPolicy):
+        def next(self) -> Choice:
+            return Choice(self.drafter, 0.25 * (len(asked) + 1))
+
+    policy, costs = Allowing(Listening(24)), toy_costs(ENGINE)
+    limits = GenerationLimits(12)
+    list(generate(Session(ENGINE), PROMPT, policy, Sampler(SamplingConfig()), limits, costs))
+    assert len(asked) > 3
+    assert asked == [0.25 * (index + 1) for index in range(len(asked))]
 
 
 def test_zero_new_tokens_are_refused() -> None:

@@ -4,13 +4,14 @@ A row's K and V lie in a slot of the buffer; positions say where it stands in th
 slots from 0 on in order, uncommitted rows lie behind it in any order, and `compact` moves the accepted ones to their
 places afterwards: no row is computed again.
 
-Inputs of a segment's method (n rows, 1 ≤ n ≤ max_width; S slots):
+Inputs of a segment's method (n rows, 1 ≤ n ≤ max_width; S slots; m of them in sight, 1 ≤ m ≤ S):
 
     hidden     float32 [1, n, hidden_size]
     positions  int64 [1, n]        places in the text, for the rotary embedding
     slots      int64 [1, n]        where the rows' K and V go
     start      int64 [1]           slots before the first row, where the rows continue the context as a chain; else 0
-    mask       float32 [n, S]      0 where a row may look, -inf elsewhere; not read for a chain
+    mask       float32 [n, m]      0 where a row may look, -inf elsewhere; slots from m on are out of sight, and cost
+                                   nothing; not read for a chain
     tree       int64 [1]           0: a chain in the slots start, start + 1, …, which takes the faster kernel; else 1
                                    (not a bool: ExecuTorch's library for Android cannot make one)
 """
@@ -54,12 +55,16 @@ class StaticKeyValues(KeyValues):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, rows: RowPlaces) -> Tensor:
         keys, values = cast("Tensor", self.keys), cast("Tensor", self.values)
+        dtype = query.dtype
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if dtype != keys.dtype:
+            query, key, value = (x.to(keys.dtype) for x in (query, key, value))
         torch.ops.llama.update_cache_with_indices(key, keys, 0, rows.slots)
         torch.ops.llama.update_cache_with_indices(value, values, 0, rows.slots)
 
         def as_tree(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, _start: Tensor) -> Tensor:
-            return _sdpa(query, keys, values, 0, mask, False, scaling)
+            seen = mask.shape[1]
+            return _sdpa(query, keys.narrow(1, 0, seen), values.narrow(1, 0, seen), 0, mask, False, scaling)
 
         def as_chain(query: Tensor, keys: Tensor, values: Tensor, _mask: Tensor, start: Tensor) -> Tensor:
             first = cast("int", start[0].item())
@@ -67,7 +72,8 @@ class StaticKeyValues(KeyValues):
             return _sdpa(query, keys, values, first, None, True, scaling)
 
         operands = (query, keys, values, rows.mask, rows.start)
-        return cast("Tensor", torch.cond(rows.tree != 0, as_tree, as_chain, operands))
+        out = cast("Tensor", torch.cond(rows.tree != 0, as_tree, as_chain, operands))
+        return out if dtype == keys.dtype else out.to(dtype)
 
 
 def _sdpa(

@@ -40,7 +40,7 @@ from skipstone.exporters.facts import (
     num_weights,
     read_text,
 )
-from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle
+from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse_options
 from skipstone.exporters.formats.gguf import cut, vocabulary
 from skipstone.exporters.formats.gguf.mapping import decoder_of
 from skipstone.exporters.formats.gguf.parts import GgufModel
@@ -50,6 +50,11 @@ from skipstone.exporters.isolation import run_isolated
 from skipstone.exporters.probe import probe_tokens
 
 _EXACT_TOLERANCE = 1e-3
+_NOT_HERE = {
+    "calibration": "calibrated activations belong to --format executorch",
+    "mix": "llama.cpp's schemes are mixes already",
+    "context_length": "a GGUF bundle takes it when it is opened",
+}
 _DRAFT_HEAD = "draft-head.gguf"
 
 
@@ -80,6 +85,7 @@ def export_gguf(
         ExportError: not enough disk space, or llama.cpp failed.
     """
     step("read")
+    refuse_options(options, _NOT_HERE)
     prepare = _from_gguf if source.endswith(".gguf") else _from_checkpoint
     prepared = prepare(source, options, scratch, step)
     model = GgufModel(prepared.whole)

@@ -48,7 +48,7 @@ class ExecuTorchCache:
         self.context_length, self.max_width, self.max_branches = context_length, max_width, max_width
         self._program, self._release, self._tree = program, release, tree
         self._last, self._slots, self._least = num_segments - 1, slots, reference_width
-        self._mask = np.full((max_width, slots), _HIDDEN, np.float32)
+        self._unread = np.zeros((max_width, 1), np.float32)
         self._open = True
 
     def embed(self, tokens: Sequence[int]) -> FloatArray:
@@ -72,8 +72,7 @@ class ExecuTorchCache:
         slots[0, count:] = range(self._slots - (width - count), self._slots)
         chain = _is_chain(tree, rows)
         start = np.array([slots[0, 0] if chain else 0], np.int64)
-        if not chain:
-            self._look(rows, width)
+        mask = self._unread[:width] if chain else self._mask(rows, width)
         out = self._program.call(
             f"segment_{segment}",
             width,
@@ -81,7 +80,7 @@ class ExecuTorchCache:
             positions,
             slots,
             start,
-            self._mask[:width],
+            mask,
             np.array([int(not chain)], np.int64),
         )[:count]
         if segment < self._last:
@@ -114,14 +113,15 @@ class ExecuTorchCache:
         np.stack(list(hidden), out=state[0, :count])
         return self._program.call(method, width, state)[:count]
 
-    def _look(self, rows: Sequence[int], width: int) -> None:
-        """Enter where each row may look; rows that only fill the batch up look at the first slot."""
-        tree, mask = self._tree, self._mask
-        mask[:width, : tree.base] = 0.0
-        mask[:width, tree.base :] = _HIDDEN
+    def _mask(self, rows: Sequence[int], width: int) -> FloatArray:
+        """Where each row may look, up to the last slot of them; rows that only fill the batch up see the first one."""
+        tree = self._tree
+        mask = np.full((width, tree.base + max(rows) + 1), _HIDDEN, np.float32)
+        mask[:, : tree.base] = 0.0
         for index, row in enumerate(rows):
             mask[index, [tree.base + ancestor for ancestor in tree.path(row)]] = 0.0
         mask[len(rows) : width, 0] = 0.0
+        return mask
 
 
 def _is_chain(tree: RowTree, rows: Sequence[int]) -> bool:

@@ -11,7 +11,9 @@ from skipstone.bundle import Bundle, executorch_manifest
 from skipstone.errors import BundleError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
-from skipstone.runtimes.engines.executorch.program import Program
+from skipstone.runtimes.engines.executorch.program import Program, check_header, load_runtime
+from skipstone.runtimes.engines.executorch.rehearsal import rehearse
+from skipstone.runtimes.engines.executorch.signature import check_signatures, expected_signatures
 from skipstone.runtimes.rows import RowTree
 
 if TYPE_CHECKING:
@@ -25,23 +27,32 @@ class ExecuTorchEngine:
     file once more; a closed cache's program is used again. ExecuTorch holds the interpreter lock while it computes and
     has one thread pool: for several streams at once run several processes.
 
+    Args:
+        bundle: opened and checked.
+        options: the user's.
+        rehearsed: this process may die of the program: it is the one that finds out.
+
     Raises:
         EngineError: ExecuTorch is missing or refuses the file.
         BundleError: the artefacts do not fit the manifest.
+        DeviceError: the program was lowered for a device that is not this one.
         UsageError: an option this engine does not have.
     """
 
     kv_type = "f32"
 
-    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+    def __init__(self, bundle: Bundle, options: EngineOptions, *, rehearsed: bool = False) -> None:
         manifest = executorch_manifest(bundle)
         self._path, self._entry = bundle.file(manifest.program.file), manifest.program
         if options.gpu_layers:
             raise UsageError(
-                f"--gpu-layers {options.gpu_layers}: a program runs where it was lowered to ({self._entry.target})"
+                f"--gpu-layers {options.gpu_layers}: a program runs where it was lowered to ({self._entry.target})",
+                hint="leave it out",
             )
         if options.kv_type not in (None, "f32"):
-            raise UsageError(f"--kv-type {options.kv_type}: this format keeps K and V in f32")
+            raise UsageError(
+                f"--kv-type {options.kv_type}: this format keeps K and V in f32", hint="leave it out"
+            )
         self.threads = num_cores() if options.threads is None else options.threads
         if not 1 <= self.threads <= 512:
             raise UsageError(f"--threads {self.threads}: expected 1 to 512")
@@ -52,7 +63,14 @@ class ExecuTorchEngine:
             manifest.model.context_length, self._entry.slots - (self.reference_width - 1)
         )
         self.draft_vocabulary = self._read_vocabulary(bundle)
-        self._idle = [Program(self._path, self._entry, self.threads)]
+        check_header(self._path)
+        load_runtime()
+        if not rehearsed:
+            rehearse(bundle)
+        program = Program(self._path, self._entry, self.threads)
+        rows = 0 if self.draft_vocabulary is None else len(self.draft_vocabulary)
+        check_signatures(self._path, program.signatures, expected_signatures(manifest, rows))
+        self._idle = [program]
 
     def open_cache(self, context_length: int, tree: RowTree) -> ExecuTorchCache:
         program = self._idle.pop() if self._idle else Program(self._path, self._entry, self.threads)
@@ -78,5 +96,9 @@ class ExecuTorchEngine:
         if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
             raise BundleError(
                 f"{bundle.file(name)}: draft tokens outside the vocabulary", hint="export the bundle again"
+            )
+        if np.any(np.diff(ids) <= 0):  # they are searched by halving
+            raise BundleError(
+                f"{bundle.file(name)}: draft tokens out of order", hint="export the bundle again"
             )
         return ids

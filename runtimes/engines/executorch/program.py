@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import os
+import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from numpy.typing import NDArray
 
 from skipstone.bundle import ProgramEntry
 from skipstone.errors import BundleError, EngineError
+from skipstone.runtimes.engines.executorch.backends import check_target
+from skipstone.runtimes.engines.executorch.signature import Signature, signature_of
 from skipstone.runtimes.quiet import quiet_libraries
 
 FloatArray = NDArray[np.float32]
@@ -28,24 +32,44 @@ _INSTALL = 'install the engine with `pip install "skipstone[executorch]"`'
 # importing them registers their operators
 _OPERATORS = ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized")
 _LIVE: weakref.WeakSet[Program] = weakref.WeakSet()
-_IDENTIFIER, _IDENTIFIER_AT = b"ET12", 4
+# root offset, identifier, "eh00", bytes of the header, of the program, offset and bytes of what follows it
+_HEADER = struct.Struct("<4x4s4s4xQQQ")
+_IDENTIFIER, _MAGIC = b"ET12", b"eh00"
 
 
 class Program:
     """One loading of the file: its methods and, shared between them, the K/V of one sequence.
 
+    Args:
+        path: the file.
+        entry: what the manifest says of it.
+        threads: of ExecuTorch's pool.
+        record: keep the times of all operators for `write_record`; calls get a little slower.
+        loading: told of every method before it is loaded.
+
     Raises:
         EngineError: ExecuTorch is missing or refuses the file.
         BundleError: the file is no program, or its methods are not those the manifest names.
+        DeviceError: it was lowered for a device that is not this one.
     """
 
-    def __init__(self, path: Path, entry: ProgramEntry, threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        entry: ProgramEntry,
+        threads: int,
+        *,
+        record: bool = False,
+        loading: Callable[[str], None] = lambda _name: None,
+    ) -> None:
         self.path, self._entry = path, entry
-        _check_header(path)
-        runtime = _runtime()
+        check_header(path)
+        runtime = load_runtime()
+        check_target(path, entry.target, runtime)
         set_threads(threads)
         try:
-            program = runtime.load_program(path)
+            with quiet_libraries():  # ExecuTorch writes its reasons to standard error
+                program = runtime.load_program(path, enable_etdump=record)
             present = set(program.method_names)
             wanted = {method.name for method in entry.methods}
             if present != wanted:
@@ -54,13 +78,32 @@ class Program:
                     f"{', '.join(sorted(wanted))}",
                     hint="export the bundle again",
                 )
-            self._methods = {name: program.load_method(name) for name in sorted(wanted)}
-        except RuntimeError as error:
+            self._methods: dict[str, Any] = {}
+            for name in sorted(wanted):
+                loading(name)
+                with quiet_libraries():
+                    self._methods[name] = program.load_method(name)
+        except (RuntimeError, MemoryError, ValueError) as error:
             raise EngineError(
                 f"{path}: ExecuTorch cannot load it: {error}", hint="export the bundle again"
             ) from error
         self._program = program
         _LIVE.add(self)
+
+    @property
+    def signatures(self) -> dict[str, Signature]:
+        """What every method takes and gives.
+
+        Raises:
+            EngineError: ExecuTorch cannot tell.
+        """
+        try:
+            return {name: signature_of(method.metadata) for name, method in self._methods.items()}
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise EngineError(
+                f"{self.path}: a method's inputs and outputs cannot be read: {error}",
+                hint="export the bundle again",
+            ) from error
 
     def call(self, method: str, width: int, *inputs: NDArray[Any]) -> FloatArray:
         """Run a method.
@@ -106,6 +149,20 @@ class Program:
             except RuntimeError as error:
                 raise EngineError(f"{self.path.name}: compact failed: {error}") from error
 
+    def write_record(self, path: Path) -> None:
+        """Write the ETDump of what was called since the last time, and start a new one.
+
+        Raises:
+            EngineError: the program was loaded without `record`, or ExecuTorch was built without its event tracer.
+        """
+        try:
+            self._program.write_etdump_result_to_file(str(path), str(path.with_suffix(".tensors")))
+        except RuntimeError as error:
+            raise EngineError(
+                f"{self.path.name}: nothing was recorded: {error}",
+                hint="profiles need a build of ExecuTorch with its event tracer, as its wheels have",
+            ) from error
+
 
 def set_threads(count: int) -> None:
     """Threads of ExecuTorch's pool, one for the whole process; loaded programs hold on to it.
@@ -128,8 +185,12 @@ def set_threads(count: int) -> None:
         portable_lib._unsafe_reset_threadpool(count)
 
 
-def _runtime() -> Any:
-    """ExecuTorch's runtime, its operators registered."""
+def load_runtime() -> Any:
+    """ExecuTorch's runtime, its operators registered.
+
+    Raises:
+        EngineError: ExecuTorch is missing.
+    """
     try:
         with quiet_libraries():
             for module in _OPERATORS:
@@ -155,12 +216,23 @@ def _keep_mkl_to_one_thread() -> None:
         ctypes.CDLL(str(library)).mkl_serv_set_num_threads(1)
 
 
-def _check_header(path: Path) -> None:
-    """Refuse what is not a program before ExecuTorch sees it."""
+def check_header(path: Path) -> None:
+    """Refuse what is not a whole program before ExecuTorch sees it.
+
+    Raises:
+        BundleError: naming what is wrong.
+    """
     try:
         with path.open("rb") as stream:
-            head = stream.read(_IDENTIFIER_AT + len(_IDENTIFIER))
+            head, size = stream.read(_HEADER.size), os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error}", hint="export the bundle again") from error
-    if head[_IDENTIFIER_AT:] != _IDENTIFIER:
+    identifier, magic, program, offset, rest = _HEADER.unpack(head.ljust(_HEADER.size, b"\0"))
+    if (identifier, magic) != (_IDENTIFIER, _MAGIC):
         raise BundleError(f"{path}: not an ExecuTorch program", hint="export the bundle again")
+    stated = offset + rest if offset else program
+    if stated != size or (offset and program > offset):
+        raise BundleError(
+            f"{path}: {size} bytes, its header states {program} and {rest} from {offset} on",
+            hint="the file is damaged; copy or export the bundle again",
+        )

@@ -173,6 +173,70 @@ def test_a_round_keeps_to_its_allowance(name: str, allowed: float, temperature: 
     assert len(tree) == 0 or least <= (1.0 + allowed) * costs.plain
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["exit 2", "text → exit 2"])
+@pytest.mark.parametrize("slope", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("allowed", [0.2, 0.5, 1.0, 1.5, 3.0])
+def test_what_a_round_really_runs_stays_within_its_allowance(
+    name: str, allowed: float, slope: float, temperature: float
+) -> None:
+    """Every pass counted as it was made, and the verification of the tree; only the first pass is always made."""
+    asked = request(ENGINE, 80, 20, temperature, slope=slope)
+    costs, session = asked.costs, asked.session
+    asked = replace(asked, allowance=allowed * costs.plain)
+    advance, passes, ran = session.advance, [], set[int]()
+
+    def counted(rows: Sequence[int], exit: int) -> list[np.ndarray]:
+        assert exit == 2
+        passes.append(costs.draft(0, 2, len(rows)))
+        ran.update(rows)
+        return advance(rows, exit)
+
+    session.advance = counted  # type: ignore[method-assign]
+    drafter = DRAFTERS[name](ENGINE, GrowthOptions(branching=2))
+    drafter.reset(asked.context)
+    tree = drafter.propose(asked)
+    rows = session.push(asked.context[-1:])
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        rows += session.push([token], [rows[parent + 1]])
+    waiting = sum(row not in ran for row in rows)
+    verification = costs.run(2, costs.last_exit, len(rows)) + costs.run(0, 2, waiting)
+    if len(tree) or len(passes) > 1:
+        assert sum(passes) + verification <= asked.ceiling + 1e-12
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guesses_that_could_not_all_be_verified_in_time_are_not_examined(temperature: float) -> None:
+    examined = []
+    for allowed in (0.0, 0.2, 0.5, 1.0, 2.0, 9.0):
+        asked = request(ENGINE, 80, 20, temperature, slope=0.2)
+        asked = replace(asked, allowance=allowed * asked.costs.plain)
+        with Widths(asked.session) as widths:
+            DRAFTERS["random → exit 4"](ENGINE, GrowthOptions()).propose(asked)
+        assert widths[0] == 1 or asked.costs.run(0, asked.costs.last_exit, widths[0]) <= asked.ceiling
+        examined.append(widths[0])
+    assert examined[0] == 1
+    assert examined[-1] > 4, "with time enough they are"
+
+
+class Widths(list[int]):
+    """Rows of every batch that a session is asked for meanwhile."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._advance = session, session.advance
+
+    def __enter__(self) -> Widths:
+        def counted(rows: Sequence[int], exit: int) -> list[np.ndarray]:
+            self.append(len(rows))
+            return self._advance(rows, exit)
+
+        self._session.advance = counted  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._session.advance = self._advance  # type: ignore[method-assign]
+
+
 def test_an_exit_the_bundle_does_not_have_is_refused() -> None:
     asked = request(ENGINE, 96, 5, 0.0)
     for exit_layer in (3, 6):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,3 +203,18 @@ def test_a_gated_tree_is_empty_where_width_costs_full_price_and_whole_where_it_i
     free, dear = gated.propose(request(text, slope=0.0)), gated.propose(request(text, slope=1.0))
     assert len(free) == len(started(NGramDrafter(), text).propose(request(text)))
     assert len(dear) == 0
+
+
+@pytest.mark.parametrize("slope", [0.05, 0.1, 0.2])
+def test_a_gated_draft_keeps_to_what_the_round_may_take(slope: float) -> None:
+    text = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] * 3
+    sizes = []
+    for allowed in (0.0, 0.1, 0.3, 0.6, 1.2, 2.5, 20.0):
+        asked = request(text, slope=slope)
+        asked = replace(asked, allowance=allowed * asked.costs.plain)
+        tree = started(GatedDrafter(NGramDrafter()), text).propose(asked)
+        assert not len(tree) or asked.costs.run(0, asked.costs.last_exit, len(tree) + 1) <= asked.ceiling
+        sizes.append(len(tree))
+    assert sizes[0] == 0
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 1, "a text that repeats itself is worth a draft"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,8 @@ import skipstone.runtimes.generate as generate_module
 import skipstone.runtimes.policies.auto as auto_module
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
-from skipstone.runtimes.generate import FixedPolicy, GenerationLimits, Outcome, Policy, Step, generate
+from skipstone.runtimes.generate import Choice, FixedPolicy, GenerationLimits, Outcome, Policy, Step, generate
+from skipstone.runtimes.policies.auto import Arm
 from skipstone.runtimes.rows import RowTree
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
@@ -189,3 +192,122 @@ def test_without_a_draft_head_auto_drafts_from_text_alone(clock: Clock) -> None:
     engine.run_on(clock, costs)
     _, steps = seconds_per_token(auto_policy(engine, costs), engine, costs, clock)
     assert sum(step.accepted for step in steps) > TOKENS / 4
+
+
+def arm_with(*gains: float) -> Arm:
+    return Arm(None, 1.0, 1.0, gains=deque(gains, maxlen=8))
+
+
+@pytest.mark.parametrize(
+    ("gains", "trusted"),
+    [
+        ((), False),
+        ((1.3,), False),
+        ((1.3, 1.3), False),
+        ((1.3, 1.3, 1.3), True),
+        ((1.6,), True),
+        ((1.6, 1.3), False),
+        ((1.6, 1.3, 1.3), True),
+        ((3.0, 3.0, 3.0, 1.05), False),
+        ((0.5,), False),
+    ],
+)
+def test_several_gains_or_a_strong_one_earn_trust_and_a_single_loss_takes_it(
+    gains: tuple[float, ...], trusted: bool
+) -> None:
+    assert arm_with(*gains).trusted is trusted
+
+
+def test_a_generation_counts_by_its_speed_up_over_plain_decoding() -> None:
+    arm = arm_with()
+    for tokens, seconds in ((3, 2.0), (4, 2.0), (2, 2.0), (3, 2.0), (3, 2.0), (3, 2.0)):
+        arm.update(tokens, seconds)
+    arm.wake(plain_rate=0.75)
+    assert list(arm.gains) == [pytest.approx((18 / 12) / 0.75)]
+    arm.wake(plain_rate=0.75)
+    assert len(arm.gains) == 1, "a generation that did not use the arm says nothing of it"
+    for _ in range(6):
+        arm.update(1, 2.0)
+    arm.wake(plain_rate=1.0)
+    assert list(arm.gains)[1:] == [pytest.approx(0.5)], "nor does the one before"
+
+
+def test_a_few_rounds_are_too_few_to_judge_an_arm_by() -> None:
+    arm = arm_with()
+    for _ in range(5):
+        arm.update(9, 1.0)
+    arm.wake(plain_rate=1.0)
+    assert not arm.gains
+
+
+class Rounds:
+    """Plays rounds with a policy: `draft(tokens, seconds)` where it drafts, plain ones of a second where it does not."""
+
+    def __init__(self) -> None:
+        engine = ToyEngine()
+        costs = toy_costs(engine)
+        self.policy, self.session = auto_policy(engine, costs), request_for(engine, costs).session
+        self.second = costs.plain
+        self._logits = [np.zeros(engine.vocab_size, np.float32)]
+        self.begin()
+
+    def begin(self) -> None:
+        self.context = [1, 2, 3]
+        self.policy.begin(self.context, self.session)
+
+    def play(self, tokens: int, seconds: float, plain_seconds: float = 1.0) -> Choice:
+        """One round: what it yields if it drafts, and how long it takes; times in plain tokens."""
+        choice = self.policy.next()
+        fresh, took = (1, plain_seconds) if choice.drafter is None else (tokens, seconds)
+        self.context += [5] * fresh
+        seen = Observation(list(self.context), fresh, TokenTree(), (), [5], self._logits)
+        self.policy.learn(Outcome(choice.drafter, 0, fresh - 1, took * self.second, seen))
+        return choice
+
+    def plain_rounds_until_a_draft(self, most: int) -> int:
+        return next((count for count in range(most) if self.play(2, 1.0).drafter is not None), most)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_round_may_lose_the_credit_and_the_stake_until_the_arm_is_trusted() -> None:
+    rounds = Rounds()
+    assert rounds.plain_rounds_until_a_draft(10) == 3
+    rounds.begin()
+    earned = rounds.policy.next().allowance / rounds.second
+    assert earned == pytest.approx(0.5 + 1.5)
+    for _ in range(3):
+        rounds.begin()
+        assert all(rounds.play(2, 1.4).allowance < 10 * rounds.second for _ in range(8))
+    rounds.begin()
+    assert rounds.play(2, 1.4).allowance == np.inf
+
+
+@pytest.mark.usefixtures("clock")
+def test_after_an_overdraft_only_plain_goes_on_until_it_is_paid_back() -> None:
+    """A hundredth of every token is paid in, so a loss of 1.36 beyond the credit takes 136 tokens."""
+    rounds = Rounds()
+    for _ in range(3):
+        assert rounds.play(1, 2.9).drafter is None
+    assert rounds.play(1, 2.9).drafter is not None  # 0.5 + 0.03 + 1.01 - 2.9 = -1.36
+    assert rounds.plain_rounds_until_a_draft(200) == pytest.approx(136, abs=2)
+
+
+@pytest.mark.usefixtures("clock")
+def test_every_generation_opens_with_its_own_credit() -> None:
+    rounds = Rounds()
+    for _ in range(4):
+        rounds.play(1, 2.9)
+    rounds.begin()
+    assert rounds.play(2, 1.0).drafter is not None
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_round_interrupted_from_outside_is_not_the_drafters_fault() -> None:
+    rounds = Rounds()
+    for _ in range(4):
+        rounds.play(3, 1_000.0)
+    assert rounds.plain_rounds_until_a_draft(400) < 300
+    rounds = Rounds()
+    for _ in range(3):
+        rounds.play(3, 1.0, plain_seconds=1_000.0)
+    assert rounds.policy.next().allowance < 10 * rounds.second

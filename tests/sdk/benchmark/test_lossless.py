@@ -47,6 +47,13 @@ def test_a_tie_of_plain_decodings_runner_up_counts_too() -> None:
     assert compare(PROMPT, [1, 2], [1, 1], logits_after, 0.001) is Match.OTHER
 
 
+def test_two_tokens_alike_but_far_below_the_best_are_no_near_tie() -> None:
+    def two_alike(_context: Sequence[int]) -> np.ndarray:
+        return np.array([1.0, 1.0, 5.0], np.float32)
+
+    assert compare(PROMPT, [0], [1], two_alike, MARGIN) is Match.OTHER
+
+
 def test_a_prompt_counts_as_the_worst_of_its_repeats() -> None:
     plain = [[1, 1], [1, 1], [1, 1]]
     first = [[1, 1], [1, 2], [1, 1]]

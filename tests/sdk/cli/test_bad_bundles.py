@@ -1,42 +1,18 @@
 """Bundles that are missing, damaged or made to harm: one line, exit code 2, no crash."""
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from skipstone.bundle import hash_file
 from tests.sdk.cli.command import assert_refused, skipstone
+from tests.sdk.cli.damage import edit, generate, list_anew
 
 
 @pytest.fixture
 def bundle(coder_bundle_f32: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(coder_bundle_f32, tmp_path / "bundle"))
-
-
-def generate(bundle: Path) -> Any:
-    return skipstone("generate", bundle, "--prompt", "def f(", "--max-new-tokens", "2", "--threads", "1")
-
-
-def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    change(manifest)
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-
-
-def list_anew(bundle: Path, name: str) -> None:
-    """Let the manifest agree with a changed file."""
-
-    def change(manifest: dict[str, Any]) -> None:
-        (entry,) = [entry for entry in manifest["files"] if entry["path"] == name]
-        entry["size"] = (bundle / name).stat().st_size
-        entry["sha256"] = hash_file(bundle / name)
-
-    edit(bundle, change)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import skipstone as package
 from skipstone import cli
-from skipstone.devices.profiles import profile_names
+from skipstone.devices.profiles import load_profile, profile_names
 from skipstone.model import load_model
 from tests.sdk.cli.command import skipstone
 
@@ -80,12 +80,14 @@ def test_a_prompt_comes_from_standard_input_with_a_dash(coder_bundle_f32: Path) 
 
 def test_devices_says_what_this_machine_has_and_why_not_the_rest() -> None:
     records = json.loads(skipstone("devices", "--json").stdout)
-    assert [record["name"] for record in records] == list(profile_names())
-    by_name = {record["name"]: record for record in records}
-    assert by_name["cpu"]["usable"] is True
+    formats = [(name, format) for name in profile_names() for format in load_profile(name).formats]
+    assert [(record["name"], record["format"]) for record in records] == formats
+    usable = {(record["name"], record["format"]): record["usable"] for record in records}
+    assert usable["cpu", "gguf"] is usable["cpu", "executorch"] is True
+    assert usable["android-vulkan", "executorch"] is False
     assert all(record["reason"] for record in records)
     shown = skipstone("devices").stdout
-    assert all(name in shown for name in by_name)
+    assert all(name in shown for name in profile_names())
 
 
 def test_inspect_prints_the_manifest_as_json(coder_bundle_f32: Path) -> None:

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
+from skipstone.benchmark.run import BenchOptions, run_bench
 from skipstone.bundle import Bundle, executorch_manifest
 from skipstone.errors import ExportError, UsageError
-from skipstone.exporters.formats.executorch import exporter, lowering, schemes
+from skipstone.exporters.formats.executorch import exporter
 from skipstone.exporters.pipeline import export_checkpoint
 from skipstone.exporters.segments import KeyValues, cut_decoder, load_decoder
 from skipstone.runtimes.quiet import quiet_libraries
-from tests.exporters.tiny import CASES, make_checkpoint
+from tests.exporters.tiny import CASES, GENTLE, make_checkpoint
 
 pytestmark = pytest.mark.slow
 Export = Callable[..., Bundle]
@@ -120,23 +120,6 @@ def test_a_gguf_is_no_input_for_this_format(export: Export) -> None:
         export("model.gguf")
 
 
-def test_weights_that_do_not_fill_groups_are_refused() -> None:
-    with pytest.raises(UsageError, match="has 40 inputs, a multiple of 32"):
-        schemes.quantize(nn.Sequential(nn.Linear(40, 8)), schemes.scheme_of("8da4w"))
-
-
-def test_quantising_is_rounding_to_fifteen_steps_per_group() -> None:
-    torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(64, 16, bias=False)).requires_grad_(False)
-    weight = layer[0].weight.clone()
-    assert schemes.weight_bytes(layer, schemes.scheme_of("8da4w")) == 64 * 16 // 2 + 4 * 32
-    schemes.quantize(layer, schemes.scheme_of("8da4w"))
-    error = (layer(torch.eye(64)).T - weight).abs().reshape(16, 2, 32).amax(-1)
-    step = weight.abs().reshape(16, 2, 32).amax(-1) / 7
-    assert bool((error <= 0.62 * step + 0.01).all())
-    assert float(error.max()) > 0
-
-
 def test_the_cut_model_computes_what_the_whole_one_does(tiny: Path) -> None:
     """In eager torch, with an attention written here."""
 
@@ -163,17 +146,74 @@ def test_the_cut_model_computes_what_the_whole_one_does(tiny: Path) -> None:
         torch.testing.assert_close(parts.draft_head(hidden), expected[:, :, [3, 7]], atol=1e-4, rtol=0)
 
 
-def test_the_oldest_programs_go_when_the_cache_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+_CALIBRATION = (
+    "def read(path):\n    return path.read_text()\n\nthe river of the other day is not the same\n" * 12
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({"quantize": "fp16"}, 2.0),
+        ({"quantize": "8da8w"}, 1.0),
+        ({"quantize": "8da8w", "mix": "1-2=none,head=none"}, 4.0),
+        ({"quantize": "int8"}, 1.0),
+    ],
+    ids=["fp16", "8da8w", "mix", "int8"],
+)
+def test_every_scheme_runs_and_speculates_as_it_decodes(
+    tmp_path: Path, export: Export, options: dict[str, Any], weights: float
 ) -> None:
-    monkeypatch.setenv("SKIPSTONE_CACHE", str(tmp_path))
-    monkeypatch.setattr(lowering, "_CACHE_BYTES", 25)
-    program = tmp_path / "model.pte"
-    program.write_bytes(b"0123456789")
-    for key in ("a", "b", "c"):
-        lowering.keep(key, program, {"head": 0.5})
-    kept = sorted(file.name for file in (tmp_path / "executorch").iterdir())
-    assert len([name for name in kept if name.endswith(".pte")]) == 2
-    assert lowering.fetch("missing", tmp_path / "out.pte") is None
-    found = [key for key in "abc" if lowering.fetch(key, tmp_path / "out.pte") == {"head": 0.5}]
-    assert len(found) == 2
+    checkpoint = make_checkpoint(tmp_path / "gentle", GENTLE)
+    text = tmp_path / "calibration.txt"
+    text.write_text(_CALIBRATION, encoding="utf-8")
+    if options["quantize"] == "int8":
+        options = {**options, "calibration": text}
+    bundle = export(checkpoint, **{**options, "held_out": text})
+    manifest = bundle.manifest
+    assert manifest.quality is not None
+    assert manifest.quality.kl_divergence is not None
+    assert manifest.quality.kl_divergence < 0.1
+    sizes = {method.name: method.weight_bytes for method in executorch_manifest(bundle).program.methods}
+    config: Any = load_decoder(checkpoint).config
+    per_weight = sizes["head"] / (config.hidden_size * config.vocab_size)
+    assert weights <= per_weight < weights + 0.1
+    bench = BenchOptions(
+        strategies=("layerskip", "staged"),
+        prompts=("def read(", "the other day"),
+        max_new_tokens=24,
+        repeats=1,
+        memory=False,
+    )
+    for row in run_bench(bundle.path, bench).rows:
+        assert row.other_divergences == 0
+        assert row.identical + row.near_tie_divergences == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int8"}, "--quantize int8: needs a calibration text"),
+        (
+            {"quantize": "8da4w", "calibration": "text.txt"},
+            "--calibration text.txt: --quantize 8da4w needs none",
+        ),
+        ({"quantize": "int8", "calibration": "missing.txt"}, "--calibration missing.txt: cannot be read"),
+        ({"mix": "9=none"}, "no layers 9"),
+        ({"format": "gguf", "mix": "0=none"}, "--mix 0=none: llama.cpp's schemes are mixes"),
+        (
+            {"format": "gguf", "calibration": "text.txt"},
+            "--calibration text.txt: calibrated activations belong",
+        ),
+        (
+            {"format": "gguf", "context_length": 64},
+            "--context-length 64: a GGUF bundle takes it when it is opened",
+        ),
+    ],
+)
+def test_options_of_other_schemes_and_formats_are_refused(
+    tiny: Path, export: Export, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        export(tiny, **options)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,84 @@
+"""What a program's methods take and give, compared with the manifest before anything is called.
+
+ExecuTorch knows the largest shape of every input and output. A manifest that means another program would otherwise show
+late: as a failed call, as K and V written past their buffer, or as logits read under the wrong token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipstone.bundle import ExecuTorchManifest
+from skipstone.errors import BundleError
+
+_INT64, _FLOAT32 = 4, 6  # ExecuTorch's numbers of the types
+_NAMES = {_INT64: "int64", _FLOAT32: "float32"}
+
+
+@dataclass(frozen=True)
+class Array:
+    """A tensor's type and its largest shape."""
+
+    dtype: int
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{_NAMES.get(self.dtype, f'type {self.dtype}')} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of a method."""
+
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+
+    def __str__(self) -> str:
+        given, made = (", ".join(map(str, arrays)) or "nothing" for arrays in (self.inputs, self.outputs))
+        return f"{given} → {made}"
+
+
+def signature_of(metadata: Any) -> Signature:
+    """The signature that ExecuTorch states for a loaded method."""
+    inputs = (metadata.input_tensor_meta(index) for index in range(metadata.num_inputs()))
+    outputs = (metadata.output_tensor_meta(index) for index in range(metadata.num_outputs()))
+    return Signature(*(tuple(Array(t.dtype(), tuple(t.sizes())) for t in ts) for ts in (inputs, outputs)))
+
+
+def expected_signatures(manifest: ExecuTorchManifest, draft_rows: int) -> dict[str, Signature]:
+    """The signatures a manifest stands for; docs/executorch.md says what each method computes.
+
+    Args:
+        manifest: of the bundle.
+        draft_rows: tokens in its draft vocabulary, 0 without one.
+    """
+    width, slots = manifest.program.max_width, manifest.program.slots
+    hidden = Array(_FLOAT32, (1, width, manifest.model.hidden_size))
+    row, rows, one = Array(_INT64, (width,)), Array(_INT64, (1, width)), Array(_INT64, (1,))
+    segment = Signature((hidden, rows, rows, one, Array(_FLOAT32, (width, slots)), one), (hidden,))
+    found = {
+        "embed": Signature((rows,), (hidden,)),
+        **{f"segment_{index}": segment for index in range(len(manifest.exits) + 1)},
+        "head": Signature((hidden,), (Array(_FLOAT32, (1, width, manifest.model.vocab_size)),)),
+        "compact": Signature((row, rows), (row,)),
+    }
+    if draft_rows:
+        found["draft_head"] = Signature((hidden,), (Array(_FLOAT32, (1, width, draft_rows)),))
+    return found
+
+
+def check_signatures(path: Path, found: Mapping[str, Signature], expected: Mapping[str, Signature]) -> None:
+    """Compare a program's signatures with the manifest's.
+
+    Raises:
+        BundleError: naming the first method that differs.
+    """
+    for name, wanted in expected.items():
+        if found[name] != wanted:
+            raise BundleError(
+                f"{path}: {name} computes {found[name]}, by the manifest it were {wanted}",
+                hint="program and manifest belong to different bundles; export or copy the bundle again",
+            )

@@ -1,0 +1,106 @@
+"""Perplexity and divergence of an artefact, against transformers' own loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from skipstone.errors import UsageError
+from skipstone.exporters import quality
+from skipstone.exporters.pipeline import export_checkpoint
+from tests.exporters.tiny import CASES, GENTLE, make_checkpoint
+
+_TEXTS = (
+    "def read(path):\n    return path.read_text()\n" * 12,
+    "the river is the same on the other day " * 30,
+)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "held_out.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in _TEXTS), encoding="utf-8")
+    return file
+
+
+def _loss_by_transformers(checkpoint: Path, length: int) -> tuple[float, int]:
+    """Sum of the losses that transformers computes itself, window by window, and the number of tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    total, count = 0.0, 0
+    for text in _TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        for first in range(0, len(ids), length):
+            window = torch.tensor([ids[first : first + length]])
+            if window.shape[1] > 1:
+                with torch.no_grad():
+                    total += float(model(window, labels=window).loss) * (window.shape[1] - 1)
+                count += window.shape[1] - 1
+    return total, count
+
+
+def test_perplexity_is_what_transformers_computes(tmp_path: Path, held_out: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "tiny", GENTLE)
+    bundle = export_checkpoint(checkpoint, tmp_path / "f32", quantize="f32", held_out=held_out)
+    found = bundle.manifest.quality
+    assert found is not None
+    total, count = _loss_by_transformers(checkpoint, bundle.manifest.model.context_length)
+    assert found.tokens == count
+    assert found.reference_perplexity == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-3)
+    assert found.kl_divergence == pytest.approx(0.0, abs=1e-5)
+    assert found.agreement == 1.0
+    coarse = export_checkpoint(
+        checkpoint, tmp_path / "q4_0", quantize="q4_0", held_out=held_out
+    ).manifest.quality
+    assert coarse is not None
+    assert coarse.reference_perplexity == pytest.approx(found.reference_perplexity, rel=1e-6)
+    assert coarse.kl_divergence is not None
+    assert coarse.kl_divergence > 1e-3
+    assert coarse.agreement is not None
+    assert coarse.agreement < 1.0
+
+
+def test_divergence_is_the_sum_over_the_reference() -> None:
+    sums = quality._Sums()
+    reference, found = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.5, 0.25]])
+    sums.add(found.astype(np.float32) + 3, reference.astype(np.float32) - 1, np.array([1]))
+    assert sums.divergence == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
+    assert sums.loss == pytest.approx(np.log(2))
+    assert sums.reference_loss == pytest.approx(np.log(4))
+    assert sums.agreed == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"prompt": "b"}\n', "line 2: no text under the key 'text'"),
+        ("[1]\n", "line 1: no text"),
+        ("no json\n", "line 1: no text"),
+    ],
+)
+def test_a_line_without_text_is_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=message):
+        quality.held_out_texts(file)
+
+
+def test_a_held_out_set_that_cannot_be_read_stops_the_export_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--held-out .*missing.txt: cannot be read"):
+        export_checkpoint("nowhere", tmp_path / "out", held_out=tmp_path / "missing.txt")
+
+
+def test_a_text_too_short_to_predict_in_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "tiny", CASES["llama"])
+    text = tmp_path / "short.txt"
+    text.write_text("a", encoding="utf-8")
+    with pytest.raises(UsageError, match="no two tokens to predict"):
+        export_checkpoint(checkpoint, tmp_path / "out", quantize="f32", held_out=text)
+    assert not (tmp_path / "out").exists()
