@@ -16,6 +16,7 @@ import hashlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +39,7 @@ from tests.peers.line_protocol import Worker
 OURS, THEIRS, TUNED = "skipstone plain", "optimum-executorch", "optimum-executorch (OMP 1)"
 PACKAGES = (("torch==2.13.0",), ("torch==2.13.0", "executorch==1.5.1", "optimum-executorch==1.1.0"))
 CONTEXT = 512
+_SETTLE_SECONDS = 0.3  # thread teams of the process before may still wait spinning
 SCHEMES = {"none": (), "8da4w": ("--qlinear", "8da4w", "--qembedding", "4w")}
 
 
@@ -91,6 +93,7 @@ def as_runner(worker: Worker) -> Runner:
     """A worker as what the benchmark runs; every token after the first is a round."""
 
     def run(prompt: Sequence[int]) -> Sample:
+        time.sleep(_SETTLE_SECONDS)
         answer = worker(prompt)
         return Sample(
             answer.tokens, answer.first_seconds, answer.decode_seconds, max(1, len(answer.tokens) - 1)

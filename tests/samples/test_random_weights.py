@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from samples.random_weights import SHAPES, main, published_config, write_random
@@ -112,6 +113,16 @@ def test_a_seed_says_what_the_weights_are_and_leaves_torchs_generator_alone(
     )
     assert first == same
     assert first != other
+
+
+def test_a_residual_scale_changes_what_the_layers_add_and_nothing_else(smol: Path, tmp_path: Path) -> None:
+    arguments = ["smollm2-135m", "--layers", "1", "--output", str(tmp_path / "calm")]
+    assert main([*arguments, "--residual-scale", "0.25"]) == 0
+    plain, calm = (load_file(folder / "model.safetensors") for folder in (smol, tmp_path / "calm"))
+    assert plain.keys() == calm.keys()
+    outputs = {"model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"}
+    for name, weight in plain.items():
+        torch.testing.assert_close(calm[name], weight * 0.25 if name in outputs else weight, rtol=0, atol=0)
 
 
 def test_the_folder_holds_what_transformers_writes_and_the_tokenizer(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,8 @@ class ExecuTorchCache:
         self.context_length, self.max_width, self.max_branches = context_length, max_width, max_width
         self._program, self._release, self._tree = program, release, tree
         self._last, self._slots, self._least = num_segments - 1, slots, reference_width
-        self._unread = np.zeros((max_width, 1), np.float32)
+        self._segment_names = tuple(f"segment_{index}" for index in range(num_segments))
+        self._batches: dict[int, _Batch] = {}
         self._open = True
 
     def embed(self, tokens: Sequence[int]) -> FloatArray:
@@ -63,25 +65,24 @@ class ExecuTorchCache:
                 f"{tree.base + len(tree)} positions: the session holds {self.context_length}",
                 hint="export with a longer --context-length or generate fewer tokens",
             )
-        width = max(count, self._least)
-        state = np.zeros((1, width, len(hidden[0])), np.float32)
-        np.stack(list(hidden), out=state[0, :count])
-        positions, slots = np.zeros((1, width), np.int64), np.empty((1, width), np.int64)
-        positions[0, :count] = [tree.position(row) for row in rows]
-        slots[0, :count] = [tree.base + row for row in rows]
-        slots[0, count:] = range(self._slots - (width - count), self._slots)
+        batch, base, depths = self._batch(hidden), tree.base, tree.depths
+        width = batch.width
+        batch.positions[0, :count] = [base + depths[row] for row in rows]
+        batch.slots[0, :count] = [base + row for row in rows]
+        batch.slots[0, count:] = range(self._slots - (width - count), self._slots)
         chain = _is_chain(tree, rows)
-        start = np.array([slots[0, 0] if chain else 0], np.int64)
-        mask = self._unread[:width] if chain else self._mask(rows, width)
+        batch.start[0] = base + rows[0] if chain else 0
+        batch.tree[0] = not chain
+        mask = batch.unread if chain else self._mask(rows, width)
         out = self._program.call(
-            f"segment_{segment}",
+            self._segment_names[segment],
             width,
-            state,
-            positions,
-            slots,
-            start,
+            batch.hidden,
+            batch.positions,
+            batch.slots,
+            batch.start,
             mask,
-            np.array([int(not chain)], np.int64),
+            batch.tree,
         )[:count]
         if segment < self._last:
             return out
@@ -104,14 +105,25 @@ class ExecuTorchCache:
     def close(self) -> None:
         if self._open:
             self._open = False
+            self._program.unpin()
             self._release(self._program)
 
     def _head(self, method: str, hidden: Sequence[FloatArray]) -> FloatArray:
+        batch = self._batch(hidden)
+        return self._program.call(method, batch.width, batch.hidden)[: len(hidden)]
+
+    def _batch(self, hidden: Sequence[FloatArray]) -> _Batch:
+        """The arrays of the width that so many rows are run in, their hidden states filled in."""
         count = len(hidden)
         width = max(count, self._least)
-        state = np.zeros((1, width, len(hidden[0])), np.float32)
-        np.stack(list(hidden), out=state[0, :count])
-        return self._program.call(method, width, state)[:count]
+        batch = self._batches.get(width)
+        if batch is None:
+            batch = self._batches[width] = _Batch(width, len(hidden[0]))
+            self._program.pin(*batch.arrays)
+        for index, state in enumerate(hidden):
+            batch.hidden[0, index] = state
+        batch.hidden[0, count:] = 0.0
+        return batch
 
     def _mask(self, rows: Sequence[int], width: int) -> FloatArray:
         """Where each row may look, up to the last slot of them; rows that only fill the batch up see the first one."""
@@ -122,6 +134,27 @@ class ExecuTorchCache:
             mask[index, [tree.base + ancestor for ancestor in tree.path(row)]] = 0.0
         mask[len(rows) : width, 0] = 0.0
         return mask
+
+
+class _Batch:
+    """The arguments of a segment's method for one width: made once, filled anew for every call.
+
+    Args:
+        width: rows.
+        hidden_size: channels of a row.
+    """
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        self.width = width
+        self.hidden = np.zeros((1, width, hidden_size), np.float32)
+        self.positions, self.slots = np.zeros((1, width), np.int64), np.zeros((1, width), np.int64)
+        self.start, self.tree = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self.unread = np.zeros((width, 1), np.float32)
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """All of them."""
+        return self.hidden, self.positions, self.slots, self.start, self.tree, self.unread
 
 
 def _is_chain(tree: RowTree, rows: Sequence[int]) -> bool:

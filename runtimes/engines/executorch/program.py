@@ -88,6 +88,7 @@ class Program:
                 f"{path}: ExecuTorch cannot load it: {error}", hint="export the bundle again"
             ) from error
         self._program = program
+        self._pinned: dict[int, tuple[NDArray[Any], Any]] = {}
         _LIVE.add(self)
 
     @property
@@ -119,18 +120,27 @@ class Program:
         Raises:
             EngineError: a width the program was not made for, an array it cannot take, or ExecuTorch refused.
         """
-        import torch
-
         if not 1 <= width <= self._entry.max_width:
             raise EngineError(f"{method}: {width} rows, the program takes 1 to {self._entry.max_width}")
-        if not all(array.flags.c_contiguous for array in inputs):
-            raise EngineError(f"{method}: an input is not contiguous")
+        pinned = self._pinned
+        tensors = [
+            pinned[id(array)][1] if id(array) in pinned else _as_tensor(method, array) for array in inputs
+        ]
         try:
-            out = self._methods[method].execute([torch.from_numpy(array) for array in inputs])
+            out = self._methods[method].execute(tensors)
         except RuntimeError as error:
             raise EngineError(f"{self.path.name}: {method} failed for {width} rows: {error}") from error
         result: FloatArray = out[0].numpy()[0]
         return result
+
+    def pin(self, *arrays: NDArray[Any]) -> None:
+        """Check and wrap arrays once that will be handed in again and again, with other contents each time."""
+        for array in arrays:
+            self._pinned[id(array)] = array, _as_tensor("pin", array)
+
+    def unpin(self) -> None:
+        """Forget all pinned arrays."""
+        self._pinned.clear()
 
     def compact(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Move rows' K/V of all layers from slots to slots, in blocks of the widest batch.
@@ -162,6 +172,19 @@ class Program:
                 f"{self.path.name}: nothing was recorded: {error}",
                 hint="profiles need a build of ExecuTorch with its event tracer, as its wheels have",
             ) from error
+
+
+def _as_tensor(method: str, array: NDArray[Any]) -> Any:
+    """A tensor over an array's memory.
+
+    Raises:
+        EngineError: it is not contiguous.
+    """
+    import torch
+
+    if not array.flags.c_contiguous:
+        raise EngineError(f"{method}: an input is not contiguous")
+    return torch.from_numpy(array)
 
 
 def set_threads(count: int) -> None:

@@ -46,6 +46,12 @@ class SlotProgram:
         logits = np.stack([self.engine.final(x) for x in inputs[0][0].astype(np.float64)])
         return (logits if method == "head" else logits[:, self.engine.draft_vocabulary]).astype(np.float32)
 
+    def pin(self, *arrays: NDArray[Any]) -> None:
+        self.pinned = arrays
+
+    def unpin(self) -> None:
+        self.pinned = ()
+
     def compact(self, sources: tuple[int, ...], targets: tuple[int, ...]) -> None:
         self.moved += zip(sources, targets, strict=True)
         for buffer in (self.keys, self.values):
