@@ -26,8 +26,18 @@ def checkpoint_facts(
         tokenizer: its tokenizer.
         context_length: positions.
         parameters: number of stored weights.
+
+    Raises:
+        CheckpointError: the tokenizer can give ids that the model has no embedding for. Fewer tokens than embeddings are
+            fine: vocabularies are often padded.
     """
     config = checkpoint.config
+    tokens = tokenizer.get_vocab_size()
+    if tokens > config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.path / TOKENIZER_FILE}: {tokens} tokens, the model has {config.vocab_size}",
+            hint="use the tokenizer that the model was trained with",
+        )
     generation = checkpoint.json("generation_config.json")
     eos = generation.get("eos_token_id", config.eos_token_id)
     bos = generation.get("bos_token_id", config.bos_token_id)

@@ -81,8 +81,8 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Measured:
-    """Largest absolute differences of logits; `draft_head` is relative, `agreement` a share of equal best
-    tokens.
+    """Largest absolute differences of logits (quantised: but for one in ten thousand); `draft_head` is relative,
+    `agreement` a share of equal best tokens.
     """
 
     finite: bool
@@ -120,6 +120,7 @@ def run_self_test(folder: Path, test: SelfTest, scratch: Path) -> Parity:
         oracle_arguments=test.oracle.arguments,
         reference=None if reference is None else str(reference),
         tokens=list(test.tokens),
+        exact=test.reference_tolerance is not None,
     )
     return judge(Measured(**answer), test)
 
@@ -189,9 +190,16 @@ def reference_logits(checkpoint: Path, tokens: Sequence[int]) -> FloatArray:
 
 
 def measure(
-    folder: str, oracle: str, oracle_arguments: dict[str, str], reference: str | None, tokens: list[int]
+    folder: str,
+    oracle: str,
+    oracle_arguments: dict[str, str],
+    reference: str | None,
+    tokens: list[int],
+    exact: bool,
 ) -> dict[str, object]:
     """Run the unfinished bundle; see the module. Called through `run_isolated`.
+
+    Where nothing is quantised (`exact`) every single logit counts.
 
     Returns:
         The fields of `Measured`.
@@ -206,6 +214,7 @@ def measure(
     engine = open_engine(bundle, EngineOptions(kv_type="f32", threads=threads))
     at_once = _in_widths(engine, tokens, len(tokens))
     whole = uncut.logits(tokens)
+    difference = _difference if exact else _usual_difference
     expected = None if reference is None else np.load(reference)
     accepted = _accepted_out_of_trees(engine, tokens)
     measured = Measured(
@@ -213,12 +222,12 @@ def measure(
         spread=float(at_once.std()),
         reference=None if expected is None else _difference(at_once, expected),
         agreement=None if expected is None else float((at_once.argmax(-1) == expected.argmax(-1)).mean()),
-        split=_difference(at_once, whole),
+        split=difference(at_once, whole),
         split_rms=float(np.sqrt(((at_once - whole) ** 2).mean())),
         draft_verify=max(
-            (_difference(at_once[: len(x)], x) for x in _drafted_then_verified(engine, tokens)), default=0.0
+            (difference(at_once[: len(x)], x) for x in _drafted_then_verified(engine, tokens)), default=0.0
         ),
-        tree_commit=_difference(at_once[: len(accepted)], accepted),
+        tree_commit=difference(at_once[: len(accepted)], accepted),
         width_noise=_width_noise(engine, tokens),
         jitter=_jitter(engine, tokens),
         draft_head=_draft_head_error(engine, tokens, uncut),
@@ -335,6 +344,13 @@ def _context_length(engine: Engine, tokens: Sequence[int]) -> int:
 
 def _difference(one: FloatArray, other: FloatArray) -> float:
     return float(np.abs(one - other).max())
+
+
+def _usual_difference(one: FloatArray, other: FloatArray) -> float:
+    """The largest difference but for one logit in ten thousand: the largest of all grows with their number, by millions
+    where vocabularies are large, and says less and less. A single row gone wrong is still found.
+    """
+    return float(np.quantile(np.abs(one - other), 0.9999))
 
 
 def _within(what: str, found: float, tolerance: float) -> tuple[bool, str]:

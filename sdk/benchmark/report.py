@@ -86,7 +86,7 @@ def bundle_facts(bundle: Bundle) -> BundleFacts:
     manifest = bundle.manifest
     model = manifest.model
     return BundleFacts(
-        path=str(bundle.path),
+        path=bundle.path.name,
         model=model.name,
         parameters=model.parameters,
         num_layers=model.num_layers,

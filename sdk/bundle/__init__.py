@@ -21,6 +21,7 @@ from skipstone.bundle.folder import (
 )
 from skipstone.bundle.manifest import (
     MANIFEST_NAME,
+    PROGRAM_INTERFACE,
     SCHEMA_VERSION,
     CostCurve,
     DraftHeadEntry,
@@ -41,6 +42,7 @@ from skipstone.bundle.manifest import (
 
 __all__ = [
     "MANIFEST_NAME",
+    "PROGRAM_INTERFACE",
     "SCHEMA_VERSION",
     "Bundle",
     "CostCurve",

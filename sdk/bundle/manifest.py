@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 SCHEMA_VERSION: Literal[1] = 1
+PROGRAM_INTERFACE = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -102,7 +103,8 @@ class Quantization(_Record):
 class Parity(_Record):
     """Self-test figures: largest absolute differences of logits.
 
-    reference: against the eager reference in f32 (None where the input was a GGUF and no reference exists);
+    reference: against the eager reference in f32 (None where the input was a GGUF and no reference exists); the others,
+    where weights are quantised, but for one logit in ten thousand;
     split: segments against the whole model; draft_verify: rows drafted to an exit, then advanced, and rows accepted
     out of trees, against rows advanced at once; width_noise: the same row computed alone and within a batch. A greedy
     divergence counts as a near-tie when the two best logits of plain decoding lie within `near_tie_margin`.
@@ -169,10 +171,12 @@ class ProgramEntry(_Record):
     `slots` positions of K/V, drafts included; batches of 1 to `max_width` rows. Widths from `reference_width` on agree
     numerically; narrower batches are padded up to it. `draft_vocabulary` is a little-endian int32 file: the token id of
     every row of the draft head. `status` says whether the program `runs` where it was exported, and so went through the
-    self-test, or was only `compiled` there, for a `target` that the machine does not have.
+    self-test, or was only `compiled` there, for a `target` that the machine does not have. `interface` counts up
+    whenever the methods come to mean something else; a runtime takes the one it was written for.
     """
 
     file: str
+    interface: Annotated[int, Field(gt=0)] = 1
     target: str
     status: Literal["runs", "compiled"] = "runs"
     slots: Annotated[int, Field(gt=0)]

@@ -64,6 +64,11 @@ def parse_settings(description: str, name: str, quantize: str) -> Settings:
     )
 
 
+def command_line() -> list[str]:
+    """How the running comparison was started."""
+    return ["python", "-m", f"tests.peers.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+
+
 def export(settings: Settings, folder: Path) -> Path:
     """The bundle to compare with."""
     export_checkpoint(settings.checkpoint, folder / "bundle", quantize=settings.quantize)
@@ -112,7 +117,7 @@ def compare(
         ]
     _show(rows)
     record = {
-        "command": ["python", *sys.argv],
+        "command": command_line(),
         "about": about,
         "machine": asdict(this_machine()),
         "threads": settings.threads,

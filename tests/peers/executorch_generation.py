@@ -1,7 +1,7 @@
 """Compare plain decoding on ExecuTorch with optimum-executorch's own generation loop on the same weights.
 
     python -m tests.peers.executorch_generation                      f32
-    python -m tests.peers.executorch_generation --quantize 8da4w --output /tmp/8da4w.json
+    python -m tests.peers.executorch_generation --quantize 8da4w --output 8da4w.json
 
 optimum-executorch pins another transformers than ours, so it gets an environment of its own, made on the
 first run (build/peers/optimum-executorch). Its export is the one its README recommends: XNNPACK, custom SDPA,
@@ -32,7 +32,7 @@ from skipstone.benchmark.measure import Progress, Runner, Sample, Series, measur
 from skipstone.benchmark.report import this_machine, write_json
 from skipstone.benchmark.rows import make_row
 from skipstone.exporters.pipeline import export_checkpoint
-from tests.peers.common import Settings, parse_settings
+from tests.peers.common import Settings, command_line, parse_settings
 from tests.peers.environment import make_environment
 from tests.peers.line_protocol import Worker
 
@@ -182,7 +182,7 @@ def main() -> None:
         sizes = {OURS: pte_bytes(ours), THEIRS: pte_bytes(theirs)}
     show(rows)
     record = {
-        "command": ["python", *sys.argv],
+        "command": command_line(),
         "about": {name: worker.about for name, worker in workers.items()},
         "machine": asdict(this_machine()),
         "threads": settings.threads,

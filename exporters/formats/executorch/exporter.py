@@ -16,9 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from skipstone.bundle import ExecuTorchManifest, MethodEntry, ProgramEntry, Quantization, hash_file
+from skipstone.bundle import (
+    PROGRAM_INTERFACE,
+    ExecuTorchManifest,
+    MethodEntry,
+    ModelFacts,
+    ProgramEntry,
+    Quantization,
+)
 from skipstone.errors import ExportError, UsageError
-from skipstone.exporters.checkpoint import open_checkpoint
+from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
 from skipstone.exporters.draft_material import DraftMaterial, write_vocabulary
 from skipstone.exporters.exits import check_exits, default_exits, recorded_exits
 from skipstone.exporters.facts import (
@@ -28,10 +35,10 @@ from skipstone.exporters.facts import (
     hash_checkpoint,
     load_tokenizer,
     num_weights,
-    read_text,
 )
 from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse_options
 from skipstone.exporters.formats.executorch.calibration import calibrated
+from skipstone.exporters.formats.executorch.calibration_text import CalibrationText, read_calibration
 from skipstone.exporters.formats.executorch.lowering import lower
 from skipstone.exporters.formats.executorch.methods import Method, Shape, methods_of
 from skipstone.exporters.formats.executorch.modules import RowSegment, StaticKeyValues
@@ -47,15 +54,47 @@ from skipstone.exporters.formats.executorch.targets import Target, target_of
 from skipstone.exporters.probe import probe_tokens
 from skipstone.exporters.segments import Parts, cut_decoder, load_decoder
 from skipstone.runtimes.engines.executorch.backends import has_target
-from skipstone.runtimes.engines.executorch.program import check_header, load_runtime
-from skipstone.runtimes.quiet import quiet_libraries
+from skipstone.runtimes.engines.executorch.program import method_names
 
 PROGRAM_FILE = "model.pte"
 MAX_WIDTH = 64
 _DEFAULT_CONTEXT = 512
 _EXACT_TOLERANCE = 1e-4
 _DEFAULT_TARGET = "xnnpack"
-_MIN_CALIBRATION = 64
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, checked: a program's ingredients."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    facts: ModelFacts
+    num_weights: int
+    mix: Mix
+    target: Target
+    calibration: CalibrationText | None
+    exits: tuple[int, ...]
+    material: DraftMaterial
+    draft_tokens: NDArray[np.int32] | None
+    shape: Shape
+    source_sha256: str
+
+    @property
+    def cache_key(self) -> str:
+        """See `program_cache.cache_key`."""
+        libraries = ("executorch", "torch", "torchao", "transformers")
+        return cache_key(
+            source=self.source_sha256,
+            scheme=self.mix.scheme.name,
+            mix=self.mix.names,
+            calibration=None if self.calibration is None else self.calibration.sha256,
+            shape=self.shape,
+            exits=self.exits,
+            draft_tokens=None if self.draft_tokens is None else self.draft_tokens.tolist(),
+            target=self.target.name,
+            versions=[importlib.metadata.version(name) for name in libraries],
+        )
 
 
 def export_executorch(
@@ -69,6 +108,49 @@ def export_executorch(
         ExportError: not enough disk space, or ExecuTorch cannot lower the model.
     """
     step("read")
+    request = _check(source, options, scratch)
+    methods = _write_program(request, folder / PROGRAM_FILE, step)
+    runs_here = _runs_here(folder / PROGRAM_FILE, request.target, {method.name for method in methods})
+    vocabulary = None if request.draft_tokens is None else write_vocabulary(request.draft_tokens, folder)
+    draft_table = request.material.write_table(request.facts, folder)
+    request.tokenizer.save(str(folder / TOKENIZER_FILE))
+    extra = [name for name in (vocabulary, draft_table) if name is not None]
+    program = ProgramEntry(
+        file=PROGRAM_FILE,
+        interface=PROGRAM_INTERFACE,
+        target=request.target.name,
+        status="runs" if runs_here else "compiled",
+        slots=request.shape.slots,
+        max_width=request.shape.max_width,
+        draft_vocabulary=vocabulary,
+        methods=methods,
+    )
+    mix, calibration, checkpoint = request.mix, request.calibration, request.checkpoint
+    return Artefacts(
+        model=request.facts,
+        exits=request.exits,
+        manifest=partial(ExecuTorchManifest, program=program),
+        draft_table=draft_table,
+        quantization=Quantization(
+            scheme=mix.scheme.name,
+            mix=mix.names,
+            calibration_sha256=None if calibration is None else calibration.sha256,
+            bits_per_weight=8 * (folder / PROGRAM_FILE).stat().st_size / request.num_weights,
+        ),
+        files=(PROGRAM_FILE, *extra, TOKENIZER_FILE),
+        oracle=_oracle(checkpoint.path, calibration, scratch),
+        probe=probe_tokens(request.tokenizer, request.facts.vocab_size, request.facts.context_length),
+        reference=checkpoint.path,
+        min_agreement=mix.min_agreement,
+        reference_tolerance=_EXACT_TOLERANCE if mix.exact else None,
+        source_sha256=request.source_sha256,
+        engine=f"executorch {importlib.metadata.version('executorch')}",
+        runs_here=runs_here,
+    )
+
+
+def _check(source: str, options: ExportOptions, scratch: Path) -> _Request:
+    """Read the input and refuse what cannot work, before anything is made."""
     _refuse_gguf_options(source, options)
     checkpoint = open_checkpoint(source)
     quantize = options.quantize or "8da4w"
@@ -76,142 +158,59 @@ def export_executorch(
     tokenizer = load_tokenizer(checkpoint)
     weights = num_weights(checkpoint)
     check_disk_space(scratch, weights, 64.0)
-    config: Any = checkpoint.config
-    limit = _context_limit(config)
-    context = min(limit, _DEFAULT_CONTEXT) if options.context_length is None else options.context_length
-    if not MAX_WIDTH <= context <= limit:
-        raise UsageError(f"--context-length {context}: this model takes {MAX_WIDTH} to {limit}")
+    context = _context_length(checkpoint.config, options.context_length)
     facts = checkpoint_facts(checkpoint, tokenizer, context, weights)
     mix = parse_mix(quantize, options.mix, facts.num_layers)
     target = target_of(options.target or _DEFAULT_TARGET, mix)
-    calibration = _calibration(mix, options, tokenizer)
-    wanted = recorded_exits(checkpoint.path, config) if options.exits is None else options.exits
+    wanted = recorded_exits(checkpoint.path, checkpoint.config) if options.exits is None else options.exits
     exits = check_exits(default_exits(facts.num_layers) if wanted is None else wanted, facts.num_layers)
     material = DraftMaterial.find(checkpoint.path, options.draft_text, tokenizer)
-    draft_tokens = material.choose_tokens(facts, options.draft_vocab_size) if exits else None
-    source_sha256 = hash_checkpoint(checkpoint)
-    shape = Shape(facts.hidden_size, context, MAX_WIDTH)
-    parts = _cut(checkpoint.path, exits, draft_tokens, shape.slots)
-    sizes = _weight_bytes(parts, mix)
-    ingredients = {
-        "source": source_sha256,
-        "scheme": quantize,
-        "mix": mix.names,
-        "calibration": None if calibration is None else calibration.sha256,
-        "shape": shape,
-        "exits": exits,
-        "draft_tokens": None if draft_tokens is None else draft_tokens.tolist(),
-        "target": target.name,
-    }
-    make = partial(_lower, parts, mix, shape, calibration, target, step=step)
-    delegated = _program(ingredients, make, folder / PROGRAM_FILE)
-    runs_here = _runs_here(folder / PROGRAM_FILE, target, set(delegated))
-    vocabulary = None if draft_tokens is None else write_vocabulary(draft_tokens, folder)
-    draft_table = material.write_table(facts, folder)
-    tokenizer.save(str(folder / TOKENIZER_FILE))
-    extra = [name for name in (vocabulary, draft_table) if name is not None]
-    return Artefacts(
-        model=facts,
+    return _Request(
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        facts=facts,
+        num_weights=weights,
+        mix=mix,
+        target=target,
+        calibration=read_calibration(mix.scheme, options.calibration, tokenizer),
         exits=exits,
-        manifest=partial(
-            ExecuTorchManifest,
-            program=ProgramEntry(
-                file=PROGRAM_FILE,
-                target=target.name,
-                status="runs" if runs_here else "compiled",
-                slots=shape.slots,
-                max_width=shape.max_width,
-                draft_vocabulary=vocabulary,
-                methods=tuple(
-                    MethodEntry(name=name, weight_bytes=sizes.get(name, 0), delegated=share)
-                    for name, share in delegated.items()
-                ),
-            ),
-        ),
-        draft_table=draft_table,
-        quantization=Quantization(
-            scheme=mix.scheme.name,
-            mix=mix.names,
-            calibration_sha256=None if calibration is None else calibration.sha256,
-            bits_per_weight=8 * (folder / PROGRAM_FILE).stat().st_size / weights,
-        ),
-        files=(PROGRAM_FILE, *extra, TOKENIZER_FILE),
-        oracle=_oracle(checkpoint.path, calibration, scratch),
-        probe=probe_tokens(tokenizer, facts.vocab_size, context),
-        reference=checkpoint.path,
-        min_agreement=mix.min_agreement,
-        reference_tolerance=_EXACT_TOLERANCE if mix.exact else None,
-        source_sha256=source_sha256,
-        engine=f"executorch {importlib.metadata.version('executorch')}",
-        runs_here=runs_here,
+        material=material,
+        draft_tokens=material.choose_tokens(facts, options.draft_vocab_size) if exits else None,
+        shape=Shape(facts.hidden_size, context, MAX_WIDTH),
+        source_sha256=hash_checkpoint(checkpoint),
     )
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Text that fixes activations' scales: token ids int64 [n], and the hash of the file they are from."""
-
-    tokens: NDArray[np.int64]
-    sha256: str
-
-    def save(self, folder: Path) -> Path:
-        """Write the token ids for another process."""
-        file = folder / "calibration.npy"
-        np.save(file, self.tokens)
-        return file
-
-
-def _calibration(mix: Mix, options: ExportOptions, tokenizer: Tokenizer) -> Calibration | None:
-    """The user's calibration text where the scheme wants one."""
-    if mix.scheme.activations != "static":
-        if options.calibration is not None:
-            raise UsageError(
-                f"--calibration {options.calibration}: --quantize {mix.scheme.name} needs none",
-                hint="leave it out, or use --quantize int8",
-            )
-        return None
-    if options.calibration is None:
-        raise UsageError(
-            f"--quantize {mix.scheme.name}: needs a calibration text", hint="pass --calibration TEXT-FILE"
-        )
-    tokens = tokenizer.encode(read_text(options.calibration, "--calibration"), add_special_tokens=False).ids
-    if len(tokens) < _MIN_CALIBRATION:
-        raise UsageError(
-            f"--calibration {options.calibration}: {len(tokens)} tokens, at least {_MIN_CALIBRATION} are needed"
-        )
-    return Calibration(np.array(tokens, np.int64), hash_file(options.calibration))
+def _write_program(request: _Request, output: Path, step: Callable[[str], None]) -> tuple[MethodEntry, ...]:
+    """Write the program, lowered now or before; its methods."""
+    slots = request.shape.slots
+    parts = cut_decoder(
+        load_decoder(request.checkpoint.path),
+        request.exits,
+        request.draft_tokens,
+        lambda shape: StaticKeyValues(shape, slots),
+        RowSegment,
+    )
+    sizes, key = _weight_bytes(parts, request.mix), request.cache_key
+    delegated = fetch(key, output)
+    if delegated is None:
+        delegated = _lower(request, parts, output, step)
+        keep(key, output, delegated)
+    return tuple(
+        MethodEntry(name=name, weight_bytes=sizes.get(name, 0), delegated=share)
+        for name, share in delegated.items()
+    )
 
 
-def _program(
-    ingredients: dict[str, Any], make: Callable[[Path], dict[str, float]], output: Path
-) -> dict[str, float]:
-    """Write the program, lowered now or before; by method, the share of its nodes that is delegated."""
-    libraries = ("executorch", "torch", "torchao", "transformers")
-    key = cache_key(**ingredients, versions=[importlib.metadata.version(name) for name in libraries])
-    found = fetch(key, output)
-    if found is not None:
-        return found
-    delegated = make(output)
-    keep(key, output, delegated)
-    return delegated
-
-
-def _lower(
-    parts: Parts,
-    mix: Mix,
-    shape: Shape,
-    calibration: Calibration | None,
-    target: Target,
-    output: Path,
-    step: Callable[[str], None],
-) -> dict[str, float]:
+def _lower(request: _Request, parts: Parts, output: Path, step: Callable[[str], None]) -> dict[str, float]:
+    """Write the program; by method, the share of its nodes that is delegated."""
     step("quantise")
-    quantize_parts(parts, mix)
-    methods: list[Method] = list(methods_of(parts, shape))
-    if calibration is not None:
+    quantize_parts(parts, request.mix)
+    methods: list[Method] = list(methods_of(parts, request.shape))
+    if request.calibration is not None:
         step("calibrate")
-        methods = calibrated(methods, shape, calibration.tokens)
-    return lower(methods, mix, target, output, step)
+        methods = calibrated(methods, request.shape, request.calibration.tokens)
+    return lower(methods, request.mix, request.target, output, step)
 
 
 def _runs_here(program: Path, target: Target, methods: set[str]) -> bool:
@@ -220,24 +219,15 @@ def _runs_here(program: Path, target: Target, methods: set[str]) -> bool:
     Raises:
         ExportError: it does not open, or holds other methods.
     """
-    runtime = load_runtime()
-    if has_target(runtime, target.name):
+    if has_target(target.name):
         return True
-    check_header(program)
-    with quiet_libraries():
-        found = set(runtime.load_program(program).method_names)
+    found = method_names(program)
     if found != methods:
         raise ExportError(
             f"{program.name}: lowered for {target.name}, holds the methods {', '.join(sorted(found))} instead of "
             f"{', '.join(sorted(methods))}"
         )
     return False
-
-
-def _cut(folder: Path, exits: tuple[int, ...], draft_tokens: NDArray[np.int32] | None, slots: int) -> Parts:
-    return cut_decoder(
-        load_decoder(folder), exits, draft_tokens, lambda shape: StaticKeyValues(shape, slots), RowSegment
-    )
 
 
 def _weight_bytes(parts: Parts, mix: Mix) -> dict[str, int]:
@@ -252,7 +242,7 @@ def _weight_bytes(parts: Parts, mix: Mix) -> dict[str, int]:
     return sizes
 
 
-def _oracle(checkpoint: Path, calibration: Calibration | None, scratch: Path) -> Oracle:
+def _oracle(checkpoint: Path, calibration: CalibrationText | None, scratch: Path) -> Oracle:
     arguments = {"checkpoint": str(checkpoint)}
     if calibration is None:
         return Oracle("skipstone.exporters.formats.executorch.oracle:EagerDecoder", arguments)
@@ -260,10 +250,18 @@ def _oracle(checkpoint: Path, calibration: Calibration | None, scratch: Path) ->
     return Oracle("skipstone.exporters.formats.executorch.oracle:CalibratedDecoder", arguments)
 
 
-def _context_limit(config: Any) -> int:
-    """Positions the model was trained for; within a sliding window every row sees all others."""
+def _context_length(config: Any, wanted: int | None) -> int:
+    """Positions to plan K/V for: within what the model was trained for, and a sliding window that sees all of them.
+
+    Raises:
+        UsageError: the model does not take so many, or they are fewer than the widest batch.
+    """
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    limit = int(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    context = min(limit, _DEFAULT_CONTEXT) if wanted is None else wanted
+    if not MAX_WIDTH <= context <= limit:
+        raise UsageError(f"--context-length {context}: this model takes {MAX_WIDTH} to {limit}")
+    return context
 
 
 def _refuse_gguf_options(source: str, options: ExportOptions) -> None:

@@ -9,27 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from skipstone.errors import DeviceError
+from skipstone.runtimes.engines.executorch.native import native
 
 BACKENDS = {"xnnpack": "XnnpackBackend", "vulkan": "VulkanBackend", "coreml": "CoreMLBackend"}
 
 
-def has_target(runtime: Any, target: str) -> bool:
-    """Whether a runtime (`skipstone.runtimes.engines.executorch.program.load_runtime`) has the target's delegate."""
-    return BACKENDS.get(target) in _registered(runtime)
+def has_target(target: str) -> bool:
+    """Whether this machine's ExecuTorch has the target's delegate."""
+    return BACKENDS.get(target) in _registered()
 
 
-def check_target(path: Path, target: str, runtime: Any) -> None:
+def check_target(path: Path, target: str) -> None:
     """Refuse a program whose delegate this ExecuTorch does not have.
 
     Raises:
         DeviceError: names the target and what is there.
     """
-    if has_target(runtime, target):
+    if has_target(target):
         return
-    registered = _registered(runtime)
+    registered = _registered()
     present = [name for name, backend in BACKENDS.items() if backend in registered]
     raise DeviceError(
         f"{path}: lowered for {target}; this machine's ExecuTorch runs {', '.join(present) or 'no target'}",
@@ -37,6 +37,6 @@ def check_target(path: Path, target: str, runtime: Any) -> None:
     )
 
 
-def _registered(runtime: Any) -> Collection[str]:
-    names: Collection[str] = runtime.backend_registry.registered_backend_names
+def _registered() -> Collection[str]:
+    names: Collection[str] = native()._get_registered_backend_names()
     return names

@@ -11,7 +11,8 @@ from skipstone.bundle import Bundle, executorch_manifest
 from skipstone.errors import BundleError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
-from skipstone.runtimes.engines.executorch.program import Program, check_header, load_runtime
+from skipstone.runtimes.engines.executorch.native import native
+from skipstone.runtimes.engines.executorch.program import Program, check_header
 from skipstone.runtimes.engines.executorch.rehearsal import rehearse
 from skipstone.runtimes.engines.executorch.signature import check_signatures, expected_signatures
 from skipstone.runtimes.rows import RowTree
@@ -64,7 +65,7 @@ class ExecuTorchEngine:
         )
         self.draft_vocabulary = self._read_vocabulary(bundle)
         check_header(self._path)
-        load_runtime()
+        native()
         if not rehearsed:
             rehearse(bundle)
         program = Program(self._path, self._entry, self.threads)

@@ -20,9 +20,10 @@ from skipstone.errors import EngineError, SkipstoneError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.engines.executorch.calls import MethodCalls
+from skipstone.runtimes.engines.executorch.native import native
 from skipstone.runtimes.engines.executorch.plan import MethodPlan, ProgramPlan, read_plan
 from skipstone.runtimes.engines.executorch.profile import in_order
-from skipstone.runtimes.engines.executorch.program import Program, load_runtime
+from skipstone.runtimes.engines.executorch.program import Program
 from skipstone.runtimes.resident import Resident, own_resident
 
 _OPENED = "program"
@@ -109,7 +110,7 @@ def measure(bundle: Bundle, threads: int) -> MemoryReport:
     manifest = executorch_manifest(bundle)
     path = bundle.file(manifest.program.file)
     plan = read_plan(path)
-    load_runtime()
+    native()
     seen = [(_OPENED, own_resident())]
     program = Program(
         path, manifest.program, threads, loading=lambda name: seen.append((name, own_resident()))

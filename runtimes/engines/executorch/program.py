@@ -6,9 +6,6 @@ Every call goes through `Program.call`, which compares widths, dtypes and layout
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import importlib
 import os
 import struct
 import weakref
@@ -19,18 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import ProgramEntry
+from skipstone.bundle import PROGRAM_INTERFACE, ProgramEntry
 from skipstone.errors import BundleError, EngineError
 from skipstone.runtimes.engines.executorch.backends import check_target
+from skipstone.runtimes.engines.executorch.native import native
 from skipstone.runtimes.engines.executorch.signature import Signature, signature_of
 from skipstone.runtimes.quiet import quiet_libraries
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
-_INSTALL = 'install the engine with `pip install "skipstone[executorch]"`'
-# importing them registers their operators
-_OPERATORS = ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized")
 _LIVE: weakref.WeakSet[Program] = weakref.WeakSet()
 # root offset, identifier, "eh00", bytes of the header, of the program, offset and bytes of what follows it
 _HEADER = struct.Struct("<4x4s4s4xQQQ")
@@ -63,14 +58,18 @@ class Program:
         loading: Callable[[str], None] = lambda _name: None,
     ) -> None:
         self.path, self._entry = path, entry
+        if entry.interface != PROGRAM_INTERFACE:
+            raise BundleError(
+                f"{path}: its methods follow interface {entry.interface}, this release calls interface "
+                f"{PROGRAM_INTERFACE}",
+                hint="export the bundle again",
+            )
         check_header(path)
-        runtime = load_runtime()
-        check_target(path, entry.target, runtime)
+        check_target(path, entry.target)
         set_threads(threads)
         try:
-            with quiet_libraries():  # ExecuTorch writes its reasons to standard error
-                program = runtime.load_program(path, enable_etdump=record)
-            present = set(program.method_names)
+            program = _open(path, record=record)
+            present = _method_names(program)
             wanted = {method.name for method in entry.methods}
             if present != wanted:
                 raise BundleError(
@@ -99,7 +98,7 @@ class Program:
             EngineError: ExecuTorch cannot tell.
         """
         try:
-            return {name: signature_of(method.metadata) for name, method in self._methods.items()}
+            return {name: signature_of(method.method_meta()) for name, method in self._methods.items()}
         except (RuntimeError, IndexError, ValueError) as error:
             raise EngineError(
                 f"{self.path}: a method's inputs and outputs cannot be read: {error}",
@@ -127,7 +126,7 @@ class Program:
             pinned[id(array)][1] if id(array) in pinned else _as_tensor(method, array) for array in inputs
         ]
         try:
-            out = self._methods[method].execute(tensors)
+            out = self._methods[method](tensors)
         except RuntimeError as error:
             raise EngineError(f"{self.path.name}: {method} failed for {width} rows: {error}") from error
         result: FloatArray = out[0].numpy()[0]
@@ -155,7 +154,7 @@ class Program:
             block = slice(start, start + self._entry.max_width)
             moved = torch.tensor(list(sources[block])), torch.tensor([list(targets[block])])
             try:
-                self._methods["compact"].execute(list(moved))
+                self._methods["compact"](list(moved))
             except RuntimeError as error:
                 raise EngineError(f"{self.path.name}: compact failed: {error}") from error
 
@@ -172,6 +171,36 @@ class Program:
                 f"{self.path.name}: nothing was recorded: {error}",
                 hint="profiles need a build of ExecuTorch with its event tracer, as its wheels have",
             ) from error
+
+
+def method_names(path: Path) -> set[str]:
+    """Names of a program's methods; nothing is loaded, so the program may be for another machine.
+
+    Raises:
+        BundleError: not a whole program.
+        EngineError: ExecuTorch is missing or refuses the file.
+    """
+    check_header(path)
+    try:
+        return _method_names(_open(path, record=False))
+    except (RuntimeError, MemoryError, ValueError) as error:
+        raise EngineError(
+            f"{path}: ExecuTorch cannot open it: {error}", hint="export the bundle again"
+        ) from error
+
+
+def _open(path: Path, *, record: bool) -> Any:
+    library = native()
+    with quiet_libraries():  # ExecuTorch writes its reasons to standard error
+        return library._load_program(
+            str(path),
+            enable_etdump=record,
+            program_verification=library.Verification.InternalConsistency,
+        )
+
+
+def _method_names(program: Any) -> set[str]:
+    return {program.get_method_name(index) for index in range(program.num_methods())}
 
 
 def _as_tensor(method: str, array: NDArray[Any]) -> Any:
@@ -193,10 +222,9 @@ def set_threads(count: int) -> None:
     Raises:
         EngineError: programs are loaded that use another number.
     """
-    from executorch.extension.pybindings import portable_lib
-
+    library = native()
     with quiet_libraries():
-        present = portable_lib._threadpool_get_thread_count()
+        present = library._threadpool_get_thread_count()
     if present == count:
         return
     if _LIVE:
@@ -205,38 +233,7 @@ def set_threads(count: int) -> None:
             hint="open all models with the same number, or close the others first",
         )
     with quiet_libraries():
-        portable_lib._unsafe_reset_threadpool(count)
-
-
-def load_runtime() -> Any:
-    """ExecuTorch's runtime, its operators registered.
-
-    Raises:
-        EngineError: ExecuTorch is missing.
-    """
-    try:
-        with quiet_libraries():
-            for module in _OPERATORS:
-                importlib.import_module(module)
-            from executorch.runtime import Runtime
-
-            _keep_mkl_to_one_thread()
-            return Runtime.get()
-    except (ImportError, OSError) as error:
-        raise EngineError(f"ExecuTorch cannot be loaded: {error}", hint=_INSTALL) from error
-
-
-def _keep_mkl_to_one_thread() -> None:
-    """ExecuTorch's attention calls torch's matrix product from its own threads.
-
-    Left alone, each of those opens a team of OpenMP threads that wait for each other spinning: a fifth of the speed on
-    idle cores, and next to none on busy ones. It goes through MKL, whose count holds for the process and at any time.
-    """
-    import torch
-
-    with contextlib.suppress(OSError, AttributeError):  # a build of torch without MKL
-        library = Path(str(torch.__file__)).parent / "lib" / "libtorch_cpu.so"
-        ctypes.CDLL(str(library)).mkl_serv_set_num_threads(1)
+        library._unsafe_reset_threadpool(count)
 
 
 def check_header(path: Path) -> None:

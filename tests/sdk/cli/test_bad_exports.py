@@ -1,5 +1,6 @@
 """Exports that cannot work: one line, exit code 2, and nothing left behind."""
 
+import json
 import resource
 import shutil
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_a_config_that_says_nothing_usable_is_refused(
     copy = Path(shutil.copytree(coder_checkpoint, tmp_path / "copy"))
     (copy / "config.json").write_text(text)
     assert_refused(export(copy, output), "copy")
+    assert_nothing_left(output)
+
+
+@pytest.mark.parametrize("format", ["gguf", "executorch"])
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
+    coder_checkpoint: Path, tmp_path: Path, output: Path, format: str
+) -> None:
+    copy = Path(shutil.copytree(coder_checkpoint, tmp_path / "copy"))
+    tokenizer = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["added_tokens"].append(
+        {
+            "id": 4096, "content": "<one-too-many>", "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True,
+        }
+    )  # fmt: skip
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert_refused(export(copy, output, "--format", format), "tokenizer.json", "4097 tokens", "4096")
     assert_nothing_left(output)
 
 

@@ -224,6 +224,12 @@ def test_figures_that_are_not_the_programs_are_refused_before_a_call(
     assert_refused_without_a_trace(bundle, PROGRAM, "manifest", *words)
 
 
+@pytest.mark.parametrize("interface", [1, 3])
+def test_a_program_of_another_release_is_refused_before_a_call(bundle: Path, interface: int) -> None:
+    edit(bundle, lambda manifest: manifest["program"].update(interface=interface))
+    assert_refused_without_a_trace(bundle, PROGRAM, f"follow interface {interface}")
+
+
 def test_batches_wider_than_the_program_takes_are_refused_before_a_call(bundle: Path) -> None:
     edit(bundle, lambda manifest: manifest["program"].update(max_width=128, slots=128))
     assert_refused_without_a_trace(bundle, PROGRAM, "manifest", "[1, 128]", "[1, 64]")

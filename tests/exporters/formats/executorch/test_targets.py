@@ -184,7 +184,7 @@ def test_vulkan_gets_quantised_weights(small: Path, tmp_path: Path) -> None:
 def test_a_compiled_program_that_lost_a_method_is_not_kept(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "has_target", lambda _runtime, _target: False)
+    monkeypatch.setattr(exporter, "has_target", lambda _target: False)
     monkeypatch.setenv("SKIPSTONE_CACHE", str(tmp_path / "cache"))
     first = export_checkpoint(small, tmp_path / "out", format="executorch", quantize="none", exits=(1,))
     assert executorch_manifest(first).program.status == "compiled"
