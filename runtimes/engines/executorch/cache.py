@@ -93,8 +93,9 @@ class ExecuTorchCache:
         return self._head("draft_head", hidden)
 
     def commit(self, path: Sequence[int]) -> None:
-        base = self._tree.base
-        moves = [(base + row, self._tree.position(row)) for row in path if self._tree.depths[row] != row]
+        tree, base = self._tree, self._tree.base
+        run = [row for row in path if tree.progress[row] > 0]  # the others have nothing to move
+        moves = [(base + row, tree.position(row)) for row in run if tree.depths[row] != row]
         if moves:
             sources, targets = zip(*moves, strict=True)
             self._program.compact(sources, targets)

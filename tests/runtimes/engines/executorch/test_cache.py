@@ -136,6 +136,20 @@ def test_an_accepted_chain_moves_nothing_and_an_accepted_branch_only_what_lies_e
         assert engine.program.moved == [(6, 5), (8, 6)]
 
 
+def test_rows_that_were_never_run_are_committed_without_a_move() -> None:
+    """There may be more of them than slots."""
+    engine = slot_engine(1)
+    with Session(engine, CONTEXT) as session:
+        session.prefill([1, 2, 3])
+        for token in range(CONTEXT):
+            last = session.push([token], [ROOT])[0]
+        session.commit(last)
+        assert engine.program.moved == []
+        logits = session.advance(session.push([5]), session.exits[-1])
+        text = [1, 2, 3, CONTEXT - 1, 5]
+        np.testing.assert_allclose(logits[0], engine.reference(text, session.exits[-1])[-1], atol=1e-4)
+
+
 def test_chains_take_the_causal_kernel_and_trees_the_mask() -> None:
     engine = slot_engine(1)
     with Session(engine, CONTEXT) as session:
@@ -166,7 +180,7 @@ def test_rows_moved_in_blocks_lie_where_rows_moved_at_once_do(
 
     program = object.__new__(Program)
     program._entry = SimpleNamespace(max_width=width)  # type: ignore[assignment]
-    program._methods = {"compact": SimpleNamespace(execute=execute)}
+    program._methods = {"compact": execute}
     program.compact(sources, targets)
     expected = np.arange(50)
     expected[targets] = expected[sources].copy()
