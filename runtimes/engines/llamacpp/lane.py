@@ -24,7 +24,7 @@ class LaneOptions:
     """How contexts are made.
 
     Attributes:
-        threads: CPU threads.
+        threads: CPU threads, where a lane is given no others.
         kv_type: ggml type of K and V (`f16`, `f32`).
         max_width: rows per batch.
         max_branches: sequences, i.e. leaves of an uncommitted tree, plus the context's own.
@@ -36,6 +36,14 @@ class LaneOptions:
     max_width: int = 64
     max_branches: int = 64
     extra_buffers: bool = True
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads for a single row, and for batches of more."""
+
+    one: int
+    more: int
 
 
 class Part:
@@ -69,7 +77,14 @@ class Lane:
     The batch's memory is ours (numpy) and reused: filling it costs microseconds where building one costs tens.
     """
 
-    def __init__(self, part: Part, output: str, context_length: int, options: LaneOptions) -> None:
+    def __init__(
+        self,
+        part: Part,
+        output: str,
+        context_length: int,
+        options: LaneOptions,
+        threads: Threads | None = None,
+    ) -> None:
         lib = library()
         self._llama, self._ext = lib.llama, lib.extensions
         self.part, self.output, self._width = part, output, options.max_width
@@ -79,7 +94,8 @@ class Lane:
         params.n_ctx = max(context_length, options.max_width, options.max_branches)
         params.n_batch = params.n_ubatch = options.max_width
         params.n_seq_max = options.max_branches
-        params.n_threads = params.n_threads_batch = options.threads
+        params.n_threads = options.threads if threads is None else threads.one
+        params.n_threads_batch = options.threads if threads is None else threads.more
         params.kv_unified = True
         params.flash_attn_type = 0
         params.type_k = params.type_v = GGML_TYPES[options.kv_type]

@@ -114,7 +114,7 @@ def test_a_refused_scheme_stops_the_export_before_anything_is_lowered(
     def never(*_arguments: object) -> None:
         raise AssertionError("cut")
 
-    monkeypatch.setattr(exporter, "_cut", never)
+    monkeypatch.setattr(exporter, "cut_decoder", never)
     with pytest.raises(UsageError, match="the target coreml takes"):
         export(small, tmp_path / "out", "apple-coreml", "8da4w")
     assert not (tmp_path / "out").exists()
