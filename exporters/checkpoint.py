@@ -151,6 +151,19 @@ def _find_folder(source: str) -> Path:
     return _fetch(source)
 
 
+def load_eager(folder: Path) -> Any:
+    """A checkpoint's causal language model in float32 with transformers' plain attention: what artefacts are held
+    against. Its weights take no gradients.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    with quiet_loading():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **kind)
+    return model.eval().requires_grad_(False)
+
+
 def _fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

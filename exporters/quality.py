@@ -8,10 +8,9 @@ Measured through the engine and the session that will generate, in a process of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer
 
 from skipstone.bundle import Quality, hash_file, open_bundle
 from skipstone.errors import UsageError
-from skipstone.exporters.checkpoint import quiet_loading
+from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.facts import read_text
 from skipstone.exporters.isolation import num_threads, run_isolated
 from skipstone.runtimes.engines import EngineOptions, open_engine
@@ -164,18 +163,14 @@ def _logits(engine: Engine, tokens: list[int]) -> FloatArray:
     return np.stack(found)
 
 
-def _reference(checkpoint: Path) -> Any:
+def _reference(checkpoint: Path) -> Callable[[list[int]], FloatArray]:
     """Token ids → logits [n, vocab_size] of the checkpoint in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with quiet_loading():
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model.eval()
+    model = load_eager(checkpoint)
 
     def logits(tokens: list[int]) -> FloatArray:
-        with torch.no_grad():
-            return np.asarray(model(torch.tensor([tokens])).logits[0].numpy(), np.float32)
+        return np.asarray(model(torch.tensor([tokens])).logits[0].numpy(), np.float32)
 
     return logits
 

@@ -22,14 +22,14 @@ import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.bundle import Parity
 from skipstone.errors import ExportError
-from skipstone.exporters.checkpoint import quiet_loading
+from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats import Oracle
 from skipstone.exporters.isolation import num_threads, run_isolated
 from skipstone.runtimes.engines.base import Engine
@@ -180,12 +180,8 @@ def judge(measured: Measured, test: SelfTest) -> Parity:
 def reference_logits(checkpoint: Path, tokens: Sequence[int]) -> FloatArray:
     """Logits [n, vocab_size] of eager transformers in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    kind: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    with quiet_loading(), torch.no_grad():
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, **kind)
-        logits = model(torch.tensor([list(tokens)])).logits[0]
+    logits = load_eager(checkpoint)(torch.tensor([list(tokens)])).logits[0]
     return np.asarray(logits.numpy(), np.float32)
 
 

@@ -13,7 +13,7 @@ from skipstone.exporters.formats.gguf import cut
 from skipstone.exporters.formats.gguf.cut import Cut
 from skipstone.exporters.formats.gguf.parts import GgufModel, TensorPart
 from skipstone.exporters.pipeline import export_checkpoint
-from skipstone.exporters.selftest import Measured, SelfTest, judge
+from skipstone.exporters.selftest import Measured, SelfTest, _usual_difference, judge
 from tests.exporters.conftest import MakeTiny
 
 
@@ -131,3 +131,13 @@ def test_the_near_tie_margin_covers_twice_the_noise_between_widths_and_the_jitte
     assert judge(GOOD, EXACT).near_tie_margin == pytest.approx(6e-4)
     assert judge(replace(GOOD, jitter=0.1), EXACT).near_tie_margin == pytest.approx(0.1)
     assert judge(replace(GOOD, width_noise=0.0), EXACT).near_tie_margin == pytest.approx(1e-4)
+
+
+def test_a_single_row_gone_wrong_is_found_and_a_few_stray_logits_are_not() -> None:
+    """Among quantised logits, where the largest of millions says little."""
+    logits = np.zeros((64, 4096), np.float32)
+    stray, wrong = logits.copy(), logits.copy()
+    stray[np.arange(20), np.arange(20)] = 9.0
+    wrong[17] = 0.5
+    assert _usual_difference(logits, stray) == 0.0
+    assert _usual_difference(logits, wrong) == 0.5

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from skipstone.bundle import hash_file
 from skipstone.errors import UsageError
 from skipstone.exporters.facts import read_text
+from skipstone.exporters.formats.executorch.calibration import MAX_TOKENS
 from skipstone.exporters.formats.executorch.schemes import Scheme
 
 _LEAST = 64
@@ -51,4 +52,4 @@ def read_calibration(scheme: Scheme, file: Path | None, tokenizer: Tokenizer) ->
     tokens = tokenizer.encode(read_text(file, "--calibration"), add_special_tokens=False).ids
     if len(tokens) < _LEAST:
         raise UsageError(f"--calibration {file}: {len(tokens)} tokens, at least {_LEAST} are needed")
-    return CalibrationText(np.array(tokens, np.int64), hash_file(file))
+    return CalibrationText(np.array(tokens[:MAX_TOKENS], np.int64), hash_file(file))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from skipstone.bundle import Bundle, Quantization, executorch_manifest
-from skipstone.exporters.checkpoint import quiet_loading
+from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats.executorch.calibration import calibrated
 from skipstone.exporters.formats.executorch.methods import Shape, methods_of
 from skipstone.exporters.formats.executorch.modules import RowSegment, StaticKeyValues
@@ -36,12 +36,7 @@ class EagerDecoder:
     """
 
     def __init__(self, bundle: Bundle, checkpoint: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        kind: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-        with quiet_loading():
-            model: Any = AutoModelForCausalLM.from_pretrained(Path(checkpoint), **kind)
-        model.eval().requires_grad_(False)
+        model = load_eager(Path(checkpoint))
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
         _quantize(model, bundle.manifest.quantization)
         self._model = model

@@ -7,16 +7,12 @@ weights and constants follow in segments (executorch/exir/_serialize/program.fbs
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skipstone.errors import BundleError
+from skipstone.runtimes.engines.executorch.program import check_header
 from skipstone.runtimes.quiet import quiet_libraries
-
-# After root offset and identifier: magic, its own length, length of the flatbuffer, where the segments begin.
-_HEADER, _HEADER_AT, _MAGIC = struct.Struct("<4sIQQ"), 8, b"eh00"
 
 
 @dataclass(frozen=True)
@@ -57,11 +53,13 @@ def read_plan(path: Path) -> ProgramPlan:
     """A program's plan.
 
     Raises:
-        BundleError: not a program, or one without the header of ExecuTorch 0.3 and later.
+        BundleError: not a whole program.
     """
+    length = check_header(path)
     with quiet_libraries():
         from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
-    program: Any = _flatbuffer_to_program(_flatbuffer(path))
+    with path.open("rb") as stream:
+        program: Any = _flatbuffer_to_program(stream.read(length))
     named = {plan.name: list(_named_buffers(plan)) for plan in program.execution_plan}
     shared = {arena for buffers in named.values() for arena, _ in buffers}
     methods, key_values = [], 0
@@ -93,15 +91,3 @@ def _named_buffers(plan: Any) -> list[tuple[int, int]]:
             item = get_scalar_type(tensor.scalar_type).itemsize
             found.append((place.memory_id, item * math.prod(tensor.sizes)))
     return found
-
-
-def _flatbuffer(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(_HEADER_AT + _HEADER.size)
-            if len(head) < _HEADER_AT + _HEADER.size or head[_HEADER_AT : _HEADER_AT + 4] != _MAGIC:
-                raise BundleError(f"{path}: not an ExecuTorch program", hint="export the bundle again")
-            length = _HEADER.unpack_from(head, _HEADER_AT)[2]
-            return head + stream.read(length - len(head))
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error}", hint="export the bundle again") from error

@@ -236,8 +236,11 @@ def set_threads(count: int) -> None:
         library._unsafe_reset_threadpool(count)
 
 
-def check_header(path: Path) -> None:
+def check_header(path: Path) -> int:
     """Refuse what is not a whole program before ExecuTorch sees it.
+
+    Returns:
+        Bytes of the flatbuffer that the file begins with.
 
     Raises:
         BundleError: naming what is wrong.
@@ -256,3 +259,4 @@ def check_header(path: Path) -> None:
             f"{path}: {size} bytes, its header states {program} and {rest} from {offset} on",
             hint="the file is damaged; copy or export the bundle again",
         )
+    return int(program)

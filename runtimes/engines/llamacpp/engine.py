@@ -12,7 +12,7 @@ from skipstone.errors import BundleError, EngineError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.llamacpp.cache import LlamaCppCache
 from skipstone.runtimes.engines.llamacpp.embedding import EmbeddingTable
-from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part, Threads
+from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part
 from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, library
 from skipstone.runtimes.engines.llamacpp.threads import choose_threads
 from skipstone.runtimes.engines.llamacpp.trust import repacking_is_safe
@@ -49,10 +49,10 @@ class LlamaCppEngine:
         self.draft_vocabulary: NDArray[np.int32] | None = None
         self._outputs = [segment.output for segment in manifest.segments]
         self._table = EmbeddingTable(bundle.file(manifest.embedding.file), manifest.embedding)
-        self._threads: list[Threads] = []
         try:
             self._load(bundle, options)
-            self._choose_threads(measured=options.threads is None and not options.gpu_layers)
+            if options.threads is None and not options.gpu_layers:
+                self._choose_threads()
         except Exception:
             self.close()
             raise
@@ -70,12 +70,12 @@ class LlamaCppEngine:
     def open_cache(self, context_length: int, tree: RowTree) -> LlamaCppCache:
         options = self._lane_options
         lanes = [
-            Lane(part, out, context_length, options, threads)
-            for part, out, threads in zip(self._parts, self._outputs, self._threads, strict=False)
+            Lane(part, out, context_length, options)
+            for part, out in zip(self._parts, self._outputs, strict=True)
         ]
         head = None
         if self._head is not None:
-            head = Lane(self._head, "logits", options.max_width, options, self._threads[-1])
+            head = Lane(self._head, "logits", options.max_width, options)
             head.flags[:] = 1
             head.positions[:] = np.arange(options.max_width)
         return LlamaCppCache(
@@ -107,15 +107,13 @@ class LlamaCppEngine:
             fits = len(ids) > 0 and int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size
             self._expect(self._head, fits, "draft tokens outside the vocabulary")
 
-    def _choose_threads(self, *, measured: bool) -> None:
-        """Threads of every segment, and of the draft head; what the user asked for is not measured against."""
-        options = self._lane_options
+    def _choose_threads(self) -> None:
+        """Give every segment, and the draft head, the threads that it is fastest with."""
         parts = [*zip(self._parts, self._outputs, strict=True)]
         if self._head is not None:
             parts.append((self._head, "logits"))
         for part, output in parts:
-            fixed = Threads(options.threads, options.threads)
-            self._threads.append(choose_threads(part, output, options) if measured else fixed)
+            part.threads = choose_threads(part, output, self._lane_options)
 
     def _expect(self, part: Part, holds: bool, found: str) -> None:
         if not holds:

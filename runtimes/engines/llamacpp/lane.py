@@ -24,7 +24,7 @@ class LaneOptions:
     """How contexts are made.
 
     Attributes:
-        threads: CPU threads, where a lane is given no others.
+        threads: CPU threads of a part, unless it is given others.
         kv_type: ggml type of K and V (`f16`, `f32`).
         max_width: rows per batch.
         max_branches: sequences, i.e. leaves of an uncommitted tree, plus the context's own.
@@ -47,7 +47,11 @@ class Threads:
 
 
 class Part:
-    """The weights of one GGUF file."""
+    """The weights of one GGUF file.
+
+    Attributes:
+        threads: that its lanes begin with.
+    """
 
     def __init__(self, path: Path, options: LaneOptions, *, gpu_layers: int = 0) -> None:
         lib = library()
@@ -57,6 +61,7 @@ class Part:
         params.n_gpu_layers = gpu_layers
         params.use_extra_bufts = options.extra_buffers
         self.path = path
+        self.threads = Threads(options.threads, options.threads)
         self.handle = lib.llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise EngineError(f"{path}: llama.cpp cannot load this file", hint="export the bundle again")
@@ -77,14 +82,7 @@ class Lane:
     The batch's memory is ours (numpy) and reused: filling it costs microseconds where building one costs tens.
     """
 
-    def __init__(
-        self,
-        part: Part,
-        output: str,
-        context_length: int,
-        options: LaneOptions,
-        threads: Threads | None = None,
-    ) -> None:
+    def __init__(self, part: Part, output: str, context_length: int, options: LaneOptions) -> None:
         lib = library()
         self._llama, self._ext = lib.llama, lib.extensions
         self.part, self.output, self._width = part, output, options.max_width
@@ -94,8 +92,7 @@ class Lane:
         params.n_ctx = max(context_length, options.max_width, options.max_branches)
         params.n_batch = params.n_ubatch = options.max_width
         params.n_seq_max = options.max_branches
-        params.n_threads = options.threads if threads is None else threads.one
-        params.n_threads_batch = options.threads if threads is None else threads.more
+        params.n_threads, params.n_threads_batch = part.threads.one, part.threads.more
         params.kv_unified = True
         params.flash_attn_type = 0
         params.type_k = params.type_v = GGML_TYPES[options.kv_type]
@@ -133,6 +130,10 @@ class Lane:
         batch.logits = pointer(self.flags, ctypes.c_int8)
         batch.n_seq_id = pointer(self.seq_counts, ctypes.c_int32)
         batch.seq_id = ctypes.cast(self._seq_rows, ctypes.POINTER(ctypes.POINTER(self._llama.llama_seq_id)))
+
+    def set_threads(self, threads: Threads) -> None:
+        """Compute with so many from now on."""
+        self._llama.llama_set_n_threads(self._context, threads.one, threads.more)
 
     def chain(self) -> None:
         """All rows of the batch belong to the context's sequence alone."""

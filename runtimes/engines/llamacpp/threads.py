@@ -8,7 +8,6 @@ all of them.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 
@@ -29,20 +28,21 @@ def choose_threads(part: Part, output: str, options: LaneOptions) -> Threads:
     if options.threads == 1 or part.path.stat().st_size > _LARGEST_BYTES:
         return Threads(options.threads, options.threads)
     choices = (1, options.threads)
-    lanes = [Lane(part, output, 2 * options.max_width, replace(options, threads=count)) for count in choices]
+    lane = Lane(part, output, 2 * options.max_width, options)
     try:
-        seconds = np.array(
-            [[_seconds(lane, width) for lane in lanes for width in (1, _WIDTH)] for _ in range(_REPEATS)]
-        )
+        seconds = [
+            [[_seconds(lane, width, count) for count in choices] for width in (1, _WIDTH)]
+            for _ in range(_REPEATS)
+        ]
     finally:
-        for lane in lanes:
-            lane.close()
-    one, eight = np.median(seconds, axis=0).reshape(len(choices), 2).T
+        lane.close()
+    one, eight = np.median(seconds, axis=0)
     return Threads(choices[int(one.argmin())], choices[int(eight.argmin())])
 
 
-def _seconds(lane: Lane, width: int) -> float:
-    """One batch behind a short context."""
+def _seconds(lane: Lane, width: int, count: int) -> float:
+    """One batch behind a short context, with so many threads."""
+    lane.set_threads(Threads(count, count))
     lane.clear()
     lane.flags[:] = 1
     lane.positions[:] = np.arange(len(lane.positions))

