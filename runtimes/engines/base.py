@@ -8,12 +8,13 @@ the context, forget everything past a length. A new engine is one module with th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstone.bundle import EncoderFacts
 from skipstone.runtimes.rows import RowTree
 
 FloatArray = NDArray[np.float32]
@@ -75,8 +76,34 @@ class Cache(Protocol):
         """Free the K/V. Idempotent."""
 
 
+# (inner exit reached, hidden states before the segment, after it; both [n, hidden_size]) → stop here
+Settled = Callable[[int, FloatArray, FloatArray], bool]
+
+
+class SourceCache(Cache, Protocol):
+    """The cache of an encoder-decoder: its rows are the decoder's, and attend to one source as well."""
+
+    def encode(self, source: Sequence[int], settled: Settled | None = None) -> int:
+        """Run the encoder over a source and let every later row attend to it. No positions are held when this is called.
+
+        Args:
+            source: token ids, 1 to `EncoderFacts.max_source_length` of them.
+            settled: asked at every inner exit of the encoder whether to stop there; None: never.
+
+        Returns:
+            The number of encoder layers that were run.
+
+        Raises:
+            EngineError: the engine refused. What was encoded before is lost.
+        """
+
+
 class Engine(Protocol):
     """Weights of one model, cut at its exits."""
+
+    @property
+    def encoder(self) -> EncoderFacts | None:
+        """Of an encoder-decoder, whose caches are `SourceCache`s; None: a decoder alone."""
 
     @property
     def hidden_size(self) -> int: ...

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstone.bundle import EncoderFacts
 from skipstone.errors import CheckpointError, ContextFullError, EngineError, UsageError
 from skipstone.runtimes.rows import RowTree
 
@@ -41,6 +42,8 @@ class EagerEngine:
         UsageError: exits that are not ascending numbers of layers below the last.
         EngineError: a model whose parts are not where a plain decoder has them.
     """
+
+    encoder: EncoderFacts | None = None
 
     def __init__(
         self, model: Any, exits: Sequence[int] = (), draft_vocabulary: IntArray | None = None

@@ -78,6 +78,7 @@ class MeteredEngine:
     def __init__(self, engine: Engine, costs: CostModel, sizes: PartBytes) -> None:
         self._engine, self._costs, self._sizes = engine, costs, sizes
         self.meter = Meter()
+        self.encoder = engine.encoder
         self.hidden_size, self.vocab_size, self.exits = engine.hidden_size, engine.vocab_size, engine.exits
         self.draft_vocabulary, self.max_context_length = engine.draft_vocabulary, engine.max_context_length
 

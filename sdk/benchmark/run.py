@@ -29,6 +29,7 @@ from skipstone.runtimes.sampling import SamplingConfig
 from skipstone.runtimes.strategies import StrategyOptions
 
 PLAIN = "plain"
+CONTROL = "plain-again"  # the row of a second plain decoding
 _WARM_UP_TOKENS = 8
 _NO_IDS = ("create_completion",)
 
@@ -52,6 +53,7 @@ class BenchOptions:
         sampling: greedy by default; a seed of None means 0 here.
         strategy_options: what to fix of the strategies.
         assistant_model: folder of a draft model's bundle, for strategy `draft-model`.
+        control: run plain decoding a second time; what its row shows beside 1× is the machine's noise.
         baselines: also run what a user could run instead, on `whole_gguf`.
         whole_gguf: the uncut model.
         memory: measure every strategy's peak memory in a process of its own.
@@ -70,6 +72,7 @@ class BenchOptions:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     strategy_options: StrategyOptions = field(default_factory=StrategyOptions)
     assistant_model: str | None = None
+    control: bool = False
     baselines: bool = False
     whole_gguf: Path | None = None
     memory: bool = True
@@ -169,7 +172,8 @@ class _Bench:
         options = self._options
         warm_up = GenerationLimits(_WARM_UP_TOKENS)
         self._runner(PLAIN, warm_up)(self._prompts[0])
-        every = (*self.strategies, *self._baselines)
+        control = (CONTROL,) if options.control else ()
+        every = (*self.strategies, *control, *self._baselines)
         found = measure_interleaved(self._runner, every, self._prompts, options.repeats, progress)
         plain = found[0]
         return [self._row(series, plain) for series in found]
@@ -193,7 +197,8 @@ class _Bench:
             return self._baselines[strategy]
         options = self._options
         subjects = (self.target,) if self._draft is None else (self.target, self._draft)
-        policy = new_policy(strategy, self.target, self._draft, options.strategy_options)
+        name = PLAIN if strategy == CONTROL else strategy
+        policy = new_policy(name, self.target, self._draft, options.strategy_options)
         return StrategyRunner(subjects, policy, limits or self._limits, _seeded(options.sampling))
 
     def _logits_after(self, context: Sequence[int]) -> NDArray[np.float32]:
@@ -238,7 +243,7 @@ class _Bench:
         options, longest = self._options, sorted(self._prompts, key=len)[-1]
         return MemoryRequest(
             bundle=str(self.target.bundle.path),
-            strategy=strategy,
+            strategy=PLAIN if strategy == CONTROL else strategy,
             prompt=tuple(longest),
             max_new_tokens=options.max_new_tokens,
             threads=self.target.curve.threads,

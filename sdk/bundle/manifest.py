@@ -36,8 +36,29 @@ class FileEntry(_Record):
         return value
 
 
+class EncoderFacts(_Record):
+    """The encoder of an encoder-decoder. `exits` are the inner layer counts at which it can stop; a source has at most
+    `max_source_length` tokens; the decoder's text begins with `start_token_id`.
+    """
+
+    num_layers: Annotated[int, Field(gt=0)]
+    exits: tuple[int, ...] = ()
+    max_source_length: Annotated[int, Field(gt=0)]
+    start_token_id: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _exits_rise(self) -> Self:
+        edges = (0, *self.exits, self.num_layers)
+        if any(first >= second for first, second in pairwise(edges)):
+            raise ValueError(f"encoder exits {self.exits} do not rise within {self.num_layers} layers")
+        return self
+
+
 class ModelFacts(_Record):
-    """What a runtime must know of the model; counts are in units of layers, tokens, rows."""
+    """What a runtime must know of the model; counts are in units of layers, tokens, rows.
+
+    Of an encoder-decoder, `encoder` describes the encoder and everything else the decoder.
+    """
 
     name: str
     architecture: str
@@ -51,6 +72,7 @@ class ModelFacts(_Record):
     add_bos: bool = False
     tied_embeddings: bool = False
     chat_template: str | None = None
+    encoder: EncoderFacts | None = None
 
 
 class SegmentEntry(_Record):

@@ -54,6 +54,10 @@ def bench(
     assistant_model: Annotated[
         Path | None, typer.Option(help="Bundle of a draft model; adds strategy draft-model.")
     ] = None,
+    control: Annotated[
+        bool,
+        typer.Option("--control", help="Run plain decoding twice, to see how far the machine's noise goes."),
+    ] = False,
     baselines: Annotated[
         bool,
         typer.Option("--baselines", help="Also run llama_decode and create_completion, on --whole-gguf."),
@@ -95,6 +99,7 @@ def bench(
             prompt_lookup_num_tokens,
         ),
         assistant_model=None if assistant_model is None else str(assistant_model),
+        control=control,
         baselines=baselines,
         whole_gguf=whole_gguf,
         memory=not no_memory,

@@ -33,6 +33,8 @@ class ToyEngine:
         remember: keep every layer's results, for tests that run the same few texts thousands of times.
     """
 
+    encoder = None
+
     def __init__(
         self,
         seed: int = 0,

@@ -109,6 +109,7 @@ class ScriptedEngine:
         misses: positions at which the early exit says something else.
     """
 
+    encoder = None
     hidden_size, vocab_size, exits, threads = 1, VOCAB, (1, 2), 1
 
     def __init__(

@@ -18,8 +18,6 @@ from torch import Tensor
 from skipstone.exporters.formats.executorch.methods import Method, Shape
 from skipstone.runtimes.quiet import quiet_libraries
 
-MAX_TOKENS = 2048
-
 
 def calibrated(methods: Sequence[Method], shape: Shape, tokens: NDArray[np.int64]) -> list[Method]:
     """The methods with their linear layers, sums and products in int8.
@@ -27,7 +25,7 @@ def calibrated(methods: Sequence[Method], shape: Shape, tokens: NDArray[np.int64
     Args:
         methods: of a model whose embedding is quantised.
         shape: of the program.
-        tokens: calibration text; its first 2,048 tokens count.
+        tokens: calibration text, int64 [n]; all of it is run.
 
     Returns:
         The same methods over other modules; `embed` and `compact` are left as they are.
@@ -47,7 +45,7 @@ def calibrated(methods: Sequence[Method], shape: Shape, tokens: NDArray[np.int64
             for method in methods
         }
         with torch.no_grad():
-            for first in range(0, min(len(tokens), MAX_TOKENS), shape.slots):
+            for first in range(0, len(tokens), shape.slots):
                 _run(observed, shape, torch.from_numpy(tokens[first : first + shape.slots]))
         return [
             method

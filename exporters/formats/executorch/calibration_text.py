@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from skipstone.bundle import hash_file
 from skipstone.errors import UsageError
 from skipstone.exporters.facts import read_text
-from skipstone.exporters.formats.executorch.calibration import MAX_TOKENS
 from skipstone.exporters.formats.executorch.schemes import Scheme
 
+MAX_TOKENS = 2048
 _LEAST = 64
 
 

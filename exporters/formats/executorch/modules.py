@@ -37,7 +37,7 @@ with (
 
 @dataclass(frozen=True)
 class RowPlaces:
-    """Where a batch's rows stand; see the module."""
+    """Where a batch's rows stand; see the module. Here `tree` is a bool, compared once for all layers."""
 
     slots: Tensor
     start: Tensor
@@ -72,7 +72,7 @@ class StaticKeyValues(KeyValues):
             return _sdpa(query, keys, values, first, None, True, scaling)
 
         operands = (query, keys, values, rows.mask, rows.start)
-        out = cast("Tensor", torch.cond(rows.tree != 0, as_tree, as_chain, operands))
+        out = cast("Tensor", torch.cond(rows.tree, as_tree, as_chain, operands))
         return out if dtype == keys.dtype else out.to(dtype)
 
 
@@ -89,7 +89,7 @@ class RowSegment(Segment):
     def forward(
         self, hidden: Tensor, positions: Tensor, slots: Tensor, start: Tensor, mask: Tensor, tree: Tensor
     ) -> Tensor:
-        return self.run(hidden, positions, RowPlaces(slots, start, mask, tree))
+        return self.run(hidden, positions, RowPlaces(slots, start, mask, tree != 0))
 
 
 class Compaction(nn.Module):

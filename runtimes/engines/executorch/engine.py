@@ -58,6 +58,7 @@ class ExecuTorchEngine:
         if not 1 <= self.threads <= 512:
             raise UsageError(f"--threads {self.threads}: expected 1 to 512")
         self.exits = (*manifest.exits, manifest.model.num_layers)
+        self.encoder = manifest.model.encoder
         self.hidden_size, self.vocab_size = manifest.model.hidden_size, manifest.model.vocab_size
         self.reference_width = self._entry.reference_width
         self.max_context_length = min(

@@ -44,6 +44,7 @@ class LlamaCppEngine:
                 hint="build it with CUDA, Vulkan or Metal, or leave --gpu-layers out",
             )
         self.exits = (*manifest.exits, manifest.model.num_layers)
+        self.encoder = manifest.model.encoder
         self.hidden_size, self.vocab_size = manifest.model.hidden_size, manifest.model.vocab_size
         self.max_context_length = manifest.model.context_length
         self.draft_vocabulary: NDArray[np.int32] | None = None

@@ -111,6 +111,15 @@ def test_a_strategy_that_cannot_run_is_refused(coder_bundle_f32: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.engine
+def test_the_control_is_plain_decoding_over_again(coder_bundle_f32: Path) -> None:
+    options = replace(OPTIONS, strategies=("staged",), control=True, memory=True)
+    plain, _staged, again = run_bench(coder_bundle_f32, options).rows
+    assert (plain.strategy, again.strategy) == ("plain", "plain-again")
+    assert (again.drafted, again.rounds, again.identical) == (0, plain.rounds, len(PROMPTS))
+    assert again.speedup != 1.0, "measured by itself"
+    assert again.peak_rss_mb is not None
+
+
 def test_the_baselines_say_the_same_and_have_rows(coder_bundle_f32: Path, whole_gguf: Path) -> None:
     options = replace(
         OPTIONS,
