@@ -61,7 +61,8 @@ void attend(const float* query, HeadView keys, HeadView values, const float* mas
 
 bool is_float4(const Tensor& tensor) { return tensor.dim() == 4 && tensor.scalar_type() == ScalarType::Float; }
 
-// query [1, n, heads, size]; keys and values [1, slots, key-value heads, size]; mask [n, slots].
+// query [1, n, heads, size]; keys and values [1, slots, key-value heads, size]; mask [n, slots]. With a mask the program
+// hands in the slots alone that the mask shows.
 Tensor& custom_sdpa(KernelRuntimeContext& context, const Tensor& query, const Tensor& keys, const Tensor& values,
                     int64_t start, std::optional<Tensor> mask, double /*dropout*/, bool causal,
                     std::optional<double> scaling, Tensor& out) {
@@ -69,10 +70,12 @@ Tensor& custom_sdpa(KernelRuntimeContext& context, const Tensor& query, const Te
   const int64_t rows = query.size(1), heads = query.size(2), size = query.size(3);
   const int64_t slots = keys.size(1), groups = keys.size(2);
   ET_KERNEL_CHECK(context, groups > 0 && heads % groups == 0 && keys.size(3) == size, InvalidArgument, out);
+  ET_KERNEL_CHECK(context, keys.size(0) == 1 && keys.sizes() == values.sizes(), InvalidArgument, out);
   ET_KERNEL_CHECK(context, start >= 0 && start + (causal ? rows : 0) <= slots, InvalidArgument, out);
   ET_KERNEL_CHECK(context, query.size(0) == 1 && causal != mask.has_value(), InvalidArgument, out);
-  ET_KERNEL_CHECK(context, !mask || (mask->dim() == 2 && mask->size(0) == rows && mask->size(1) == slots),
-                  InvalidArgument, out);
+  ET_KERNEL_CHECK(context, !mask || (mask->dim() == 2 && mask->scalar_type() == ScalarType::Float), InvalidArgument, out);
+  ET_KERNEL_CHECK(context, !mask || (mask->size(0) == rows && mask->size(1) == slots), InvalidArgument, out);
+  ET_KERNEL_CHECK(context, out.scalar_type() == ScalarType::Float, InvalidArgument, out);
   ET_KERNEL_CHECK(context, resize_tensor(out, query.sizes()) == Error::Ok, InvalidArgument, out);
   const auto scale = static_cast<float>(scaling.value_or(1.0 / std::sqrt(static_cast<double>(size))));
   const auto* q = query.const_data_ptr<float>();
@@ -98,6 +101,7 @@ Tensor& custom_sdpa(KernelRuntimeContext& context, const Tensor& query, const Te
 Tensor& update_cache_with_indices(KernelRuntimeContext& context, const Tensor& value, Tensor& cache, int64_t start,
                                   const Tensor& indices, Tensor& out) {
   ET_KERNEL_CHECK(context, is_float4(value) && is_float4(cache) && start == 0, InvalidArgument, out);
+  ET_KERNEL_CHECK(context, cache.size(0) == 1, InvalidArgument, out);
   ET_KERNEL_CHECK(context, value.size(0) == 1 && value.size(2) == cache.size(2) && value.size(3) == cache.size(3),
                   InvalidArgument, out);
   ET_KERNEL_CHECK(context, indices.scalar_type() == ScalarType::Long && indices.numel() == value.size(1),

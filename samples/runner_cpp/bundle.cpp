@@ -16,11 +16,13 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int64_t kSchemaVersion = 1;
+constexpr int64_t kProgramInterface = 2;                         // what the methods mean: docs/executorch.md
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // ExecuTorch's sizes are int32
 
 std::string read_file(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);
-  if (!file || fs::is_directory(path)) throw Error(path.string() + ": cannot be read");
+  std::error_code unknown;
+  if (!file || fs::is_directory(path, unknown)) throw Error(path.string() + ": cannot be read");
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
@@ -29,7 +31,8 @@ fs::path listed_file(const fs::path& folder, const Json& manifest, const std::st
   const std::string& name = manifest.text(key);
   const fs::path relative(name);
   const bool leaves = std::find(relative.begin(), relative.end(), "..") != relative.end();
-  if (name.empty() || relative.is_absolute() || leaves || name.find('\\') != std::string::npos) {
+  const bool unsafe = name.find_first_of(std::string("\\:\0", 3)) != std::string::npos;
+  if (name.empty() || relative.is_absolute() || leaves || unsafe) {
     throw Error(key + " \"" + name + "\" is not a path inside the bundle");
   }
   for (const Json& entry : manifest.array("files")) {
@@ -37,12 +40,13 @@ fs::path listed_file(const fs::path& folder, const Json& manifest, const std::st
     const auto expected = static_cast<uintmax_t>(entry.integer("size", 0, int64_t{1} << 53));
     std::error_code missing;
     const uintmax_t found = fs::file_size(folder / relative, missing);
-    if (missing) throw Error(name + " is missing");
+    if (missing) throw Error(name + " is missing; copy or export the bundle again");
     if (found != expected) {
-      throw Error(name + " has " + std::to_string(found) + " bytes; the manifest says " + std::to_string(expected));
+      throw Error(name + " has " + std::to_string(found) + " bytes; the manifest says " + std::to_string(expected) +
+                  "; copy or export the bundle again");
     }
     if (sha256_of_file(folder / relative) != entry.text("sha256")) {
-      throw Error(name + " is damaged: its SHA-256 is not the one listed");
+      throw Error(name + " is damaged: its SHA-256 is not the one listed; copy or export the bundle again");
     }
     return folder / relative;
   }
@@ -86,12 +90,33 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
+// Manifests from before the number was introduced have none: they are of interface 1.
+void check_interface(const Json& manifest) {
+  const std::string key = "program.interface";
+  const int64_t found = manifest.is_null(key) ? 1 : manifest.integer(key, 1, kMost);
+  if (found == kProgramInterface) return;
+  throw Error(key + " is " + std::to_string(found) + "; this runner calls interface " +
+              std::to_string(kProgramInterface) + "; " +
+              (found < kProgramInterface ? "export the bundle again" : "build the runner that came with the exporter"));
+}
+
+bool is_tested(const Json& manifest) {
+  const std::string status = manifest.is_null("program.status") ? "runs" : manifest.text("program.status");
+  if (status != "runs" && status != "compiled") {
+    throw Error("program.status is \"" + status + "\"; expected \"runs\" or \"compiled\"");
+  }
+  return status == "runs";
+}
+
 Bundle read_manifest(const fs::path& folder, const Json& manifest) {
   if (manifest.text("format") != "executorch") {
     throw Error("format is \"" + manifest.text("format") + "\"; expected \"executorch\"");
   }
   manifest.integer("schema_version", kSchemaVersion, kSchemaVersion);
+  check_interface(manifest);
   Bundle bundle;
+  bundle.target = manifest.text("program.target");
+  bundle.tested = is_tested(manifest);
   bundle.hidden_size = manifest.integer("model.hidden_size", 1, kMost);
   bundle.vocab_size = manifest.integer("model.vocab_size", 1, kMost);
   bundle.num_segments = static_cast<int64_t>(manifest.array("exits").size()) + 1;
@@ -118,7 +143,8 @@ Bundle read_manifest(const fs::path& folder, const Json& manifest) {
 }  // namespace
 
 Bundle open_bundle(const fs::path& folder) {
-  if (!fs::is_directory(folder)) throw Error(folder.string() + ": no such folder");
+  std::error_code unknown;
+  if (!fs::is_directory(folder, unknown)) throw Error(folder.string() + ": no such folder");
   const fs::path path = folder / "manifest.json";
   const std::string text = read_file(path);
   try {

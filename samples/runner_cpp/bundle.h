@@ -20,9 +20,11 @@ struct Bundle {
   std::vector<int64_t> eos_token_ids;
   std::vector<int64_t> draft_vocabulary; // token id of every row of the draft head; empty without one
   std::vector<std::string> methods;
+  std::string target;                    // delegate that the program was lowered for, as the manifest names it
+  bool tested = false;                   // it went through the exporter's self-test
 };
 
-// Reads and checks a bundle of format "executorch", schema version 1. Throws Error.
+// Reads and checks a bundle of format "executorch", schema version 1, program interface 2. Throws Error.
 Bundle open_bundle(const std::filesystem::path& folder);
 
 }  // namespace runner

@@ -123,6 +123,7 @@ Generation generate(Program& program, const std::vector<int64_t>& prompt, const 
   decoder.prefill(prompt);
   const auto prefilled = Clock::now();
   while (!decoder.done()) decoder.round();
+  decoder.out().mask_slots = program.mask_slots();
   decoder.out().prefill_seconds = std::chrono::duration<double>(prefilled - started).count();
   decoder.out().decode_seconds = std::chrono::duration<double>(Clock::now() - prefilled).count();
   return std::move(decoder.out());

@@ -18,6 +18,7 @@ struct Generation {
   int64_t rounds = 0;
   int64_t drafted = 0;
   int64_t accepted = 0;         // drafts that became tokens
+  int64_t mask_slots = 0;       // most slots that a mask showed
   double prefill_seconds = 0;   // up to the first token
   double decode_seconds = 0;    // all the others
 };

@@ -1,5 +1,6 @@
 #include "json.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <string_view>
@@ -205,7 +206,7 @@ class JsonReader {
 
 Json Json::parse(const std::string& text) { return JsonReader(text).document(); }
 
-const Json& Json::at(const std::string& path) const {
+const Json* Json::find(const std::string& path) const {
   const Json* json = this;
   for (size_t from = 0; from <= path.size();) {
     const size_t dot = std::min(path.find('.', from), path.size());
@@ -217,11 +218,17 @@ const Json& Json::at(const std::string& path) const {
         if (name == key) found = &member;
       }
     }
-    if (!found) throw Error(path + " is missing");
+    if (!found) return nullptr;
     json = found;
     from = dot + 1;
   }
-  return *json;
+  return json;
+}
+
+const Json& Json::at(const std::string& path) const {
+  const Json* found = find(path);
+  if (!found) throw Error(path + " is missing");
+  return *found;
 }
 
 int64_t Json::integer(const std::string& path, int64_t low, int64_t high) const {
@@ -253,6 +260,9 @@ const Json::Array& Json::array(const std::string& path) const {
   return *array;
 }
 
-bool Json::is_null(const std::string& path) const { return std::holds_alternative<std::nullptr_t>(at(path).value_); }
+bool Json::is_null(const std::string& path) const {
+  const Json* found = find(path);
+  return !found || std::holds_alternative<std::nullptr_t>(found->value_);
+}
 
 }  // namespace runner

@@ -23,12 +23,16 @@ class Json {
   int64_t integer(const std::string& path, int64_t low, int64_t high) const;
   const std::string& text(const std::string& path) const;
   const Array& array(const std::string& path) const;
+
+  // Null, or nothing at all, stands at the path.
   bool is_null(const std::string& path) const;
 
   // This value as an array's element; `path` is for the error.
   int64_t as_integer(const std::string& path, int64_t low, int64_t high) const;
 
  private:
+  const Json* find(const std::string& path) const;
+
   friend class JsonReader;
   using Value = std::variant<std::nullptr_t, bool, double, std::string, Array, Object>;
   Value value_ = nullptr;

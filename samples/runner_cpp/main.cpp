@@ -1,4 +1,6 @@
 // skipstone-runner BUNDLE --tokens 1,2,3 --max-new-tokens N: continues a prompt of token ids.
+#include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <exception>
 #include <string>
@@ -15,9 +17,10 @@ namespace {
 
 constexpr char kUsage[] =
     "usage: skipstone-runner BUNDLE --tokens ID,ID,… --max-new-tokens N [--strategy plain|layerskip]\n"
-    "                        [--draft-length K] [--separate-state] [--json]\n"
+    "                        [--draft-length K] [--masked] [--separate-state] [--json]\n"
     "  --strategy        plain: token by token; layerskip: the first segment drafts, the rest verifies (default)\n"
     "  --draft-length    drafts per round of layerskip (default 4)\n"
+    "  --masked          rows through the kernel that trees take, with masks; the output is the same\n"
     "  --separate-state  every method keeps its own K/V, as ExecuTorch's Android library loads programs\n"
     "  --json            one line of JSON\n";
 
@@ -26,22 +29,19 @@ struct Options {
   std::vector<int64_t> tokens;
   Limits limits{0, 4};
   bool plain = false;
-  bool separate_state = false;
+  ProgramOptions program;
   bool json = false;
   bool help = false;
 };
 
 int64_t parse_integer(const std::string& flag, const std::string& text, int64_t low) {
   constexpr int64_t kMost = 1'000'000'000;
-  size_t used = 0;
   int64_t value = 0;
-  try {
-    value = std::stoll(text, &used);
-  } catch (const std::exception&) {
-    used = 0;
-  }
-  if (text.empty() || used != text.size() || value < low || value > kMost) {
-    throw UsageError(flag + ": \"" + text + "\" is not an integer of at least " + std::to_string(low));
+  const char* end = text.data() + text.size();
+  const auto [stop, wrong] = std::from_chars(text.data(), end, value);
+  if (wrong != std::errc() || stop != end || value < low || value > kMost) {
+    throw UsageError(flag + ": \"" + text + "\" is not an integer from " + std::to_string(low) + " to " +
+                     std::to_string(kMost));
   }
   return value;
 }
@@ -74,7 +74,9 @@ void parse_flag(Options& options, const std::string& flag, const std::vector<std
     }
     options.plain = name == "plain";
   } else if (flag == "--separate-state") {
-    options.separate_state = true;
+    options.program.shared_state = false;
+  } else if (flag == "--masked") {
+    options.program.masked = true;
   } else if (flag == "--json") {
     options.json = true;
   } else if (flag == "--help") {
@@ -110,11 +112,12 @@ void print(const Generation& made, bool json) {
   const double decoded = static_cast<double>(made.tokens.size()) - 1;
   const double speed = made.decode_seconds > 0 ? decoded / made.decode_seconds : 0;
   const char* format = json ? "{\"tokens\": [%s], \"rounds\": %lld, \"drafted\": %lld, \"accepted\": %lld, "
-                              "\"prefill_seconds\": %.6f, \"tokens_per_second\": %.3f}\n"
-                            : "tokens: %s\nrounds: %lld, drafted: %lld, accepted: %lld\n"
+                              "\"mask_slots\": %lld, \"prefill_seconds\": %.6f, \"tokens_per_second\": %.3f}\n"
+                            : "tokens: %s\nrounds: %lld, drafted: %lld, accepted: %lld; mask slots: %lld\n"
                               "prefill: %.4f s, then %.1f tokens/s\n";
   std::printf(format, tokens.c_str(), static_cast<long long>(made.rounds), static_cast<long long>(made.drafted),
-              static_cast<long long>(made.accepted), made.prefill_seconds, speed);
+              static_cast<long long>(made.accepted), static_cast<long long>(made.mask_slots), made.prefill_seconds, speed);
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw Error("standard output cannot be written");
 }
 
 int run(const std::vector<std::string>& arguments) {
@@ -123,7 +126,12 @@ int run(const std::vector<std::string>& arguments) {
     std::fputs(kUsage, stdout);
     return 0;
   }
-  Program program(open_bundle(options.bundle), !options.separate_state);
+  Program program(open_bundle(options.bundle), options.program);
+  if (!program.bundle().tested) {
+    std::fprintf(stderr, "skipstone-runner: warning: %s: compiled on a machine without its target %s, so it went through no "
+                 "self-test; compare its output with the checkpoint's\n",
+                 program.bundle().program.string().c_str(), program.bundle().target.c_str());
+  }
   print(generate(program, options.tokens, options.limits), options.json);
   return 0;
 }

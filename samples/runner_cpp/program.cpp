@@ -1,11 +1,15 @@
 #include "program.h"
 
+#include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/platform/platform.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
+#include <utility>
 
 #include "error.h"
+#include "signature.h"
 
 namespace runner {
 
@@ -17,8 +21,9 @@ using executorch::extension::from_blob;
 using executorch::extension::Module;
 using executorch::extension::TensorPtr;
 
-// Inputs of a segment's method, in order.
-enum SegmentInput : size_t { kHidden, kPositions, kSlots, kStart, kMask, kTree, kSegmentInputs };
+// Targets as a manifest names them, and the delegate that runs each.
+constexpr std::pair<const char*, const char*> kDelegates[] = {
+    {"xnnpack", "XnnpackBackend"}, {"vulkan", "VulkanBackend"}, {"coreml", "CoreMLBackend"}};
 
 // ExecuTorch writes the reason of a failure to its log; the last one becomes the end of our own line.
 std::string& last_log_line() {
@@ -49,18 +54,44 @@ std::vector<int64_t> counting(int64_t first, int64_t count) {
   return numbers;
 }
 
+// Where `count` rows in the slots from `start` on may look, [width, start + count]: at the context and at each other as a
+// chain does. It ends at the last of them: slots past it cost nothing. Rows that only fill the batch up see the context, or
+// the first slot where there is none, since a softmax over nothing has no value.
+std::vector<float> chain_mask(int64_t width, int64_t count, int64_t start) {
+  const int64_t slots = start + count;
+  std::vector<float> mask(static_cast<size_t>(width * slots), -std::numeric_limits<float>::infinity());
+  for (int64_t row = 0; row < width; ++row) {
+    const int64_t seen = row < count ? start + row + 1 : std::max<int64_t>(start, 1);
+    std::fill_n(mask.begin() + static_cast<ptrdiff_t>(row * slots), seen, 0.0f);
+  }
+  return mask;
+}
+
 TensorPtr as_tensor(std::vector<int64_t>& values) {
   return from_blob(values.data(), {1, static_cast<SizesType>(values.size())}, ScalarType::Long);
 }
 
 }  // namespace
 
-Program::Program(const Bundle& bundle, bool shared_state)
+Program::Program(const Bundle& bundle, const ProgramOptions& options)
     : bundle_(bundle),
-      module_((silence_log(), bundle.program.string()), Module::LoadMode::Mmap, nullptr, nullptr, nullptr, shared_state),
-      mask_(static_cast<size_t>(bundle.max_width * bundle.slots)) {
+      masked_(options.masked),
+      module_((silence_log(), bundle.program.string()), Module::LoadMode::Mmap, nullptr, nullptr, nullptr,
+              options.shared_state) {
+  check_target();
   load_methods();
-  check_shapes();
+  check_signatures(module_, bundle_);
+}
+
+void Program::check_target() const {
+  std::string present;
+  for (const auto& [target, delegate] : kDelegates) {
+    if (!executorch::runtime::get_backend_class(delegate)) continue;
+    if (bundle_.target == target) return;
+    present += (present.empty() ? "" : ", ") + std::string(target);
+  }
+  throw Error(bundle_.program.string() + ": lowered for " + bundle_.target + "; this runner's ExecuTorch runs " +
+              (present.empty() ? "no target" : present) + "; export with --device cpu, or run it on the device");
 }
 
 void Program::load_methods() {
@@ -79,40 +110,6 @@ void Program::load_methods() {
     }
   }
   for (const auto& name : bundle_.methods) require(module_.load_method(name), file + ": method " + name);
-}
-
-// What the calls below take for granted: shapes as in the manifest.
-void Program::check_shapes() {
-  const std::string file = bundle_.program.string();
-  const auto expect = [&](const std::string& what, int64_t found, int64_t expected) {
-    if (found == expected) return;
-    throw Error(file + ": " + what + " is " + std::to_string(found) + "; expected " + std::to_string(expected));
-  };
-  const auto size = [&](const auto& tensor, const std::string& what, size_t dims, size_t axis) {
-    require(tensor.error(), file + ": " + what);
-    expect("the number of dimensions of " + what, static_cast<int64_t>(tensor->sizes().size()),
-           static_cast<int64_t>(dims));
-    return static_cast<int64_t>(tensor->sizes()[axis]);
-  };
-  for (int64_t k = 0; k < bundle_.num_segments; ++k) {
-    const std::string name = "segment_" + std::to_string(k);
-    const auto meta = module_.method_meta(name);
-    require(meta.error(), file + ": " + name);
-    expect("the number of inputs of " + name, static_cast<int64_t>(meta->num_inputs()), kSegmentInputs);
-    expect("the hidden size of " + name, size(meta->input_tensor_meta(kHidden), name, 3, 2), bundle_.hidden_size);
-    expect("the number of slots of " + name, size(meta->input_tensor_meta(kMask), name, 2, 1), bundle_.slots);
-    expect("the greatest width of " + name, size(meta->input_tensor_meta(kMask), name, 2, 0), bundle_.max_width);
-    size(meta->input_tensor_meta(kTree), name, 1, 0);
-    tree_type_ = meta->input_tensor_meta(kTree)->scalar_type();
-  }
-  const auto expect_rows = [&](const std::string& head, int64_t rows) {
-    const auto meta = module_.method_meta(head);
-    require(meta.error(), file + ": " + head);
-    expect("the vocabulary of " + head, size(meta->output_tensor_meta(0), head, 3, 2), rows);
-  };
-  expect_rows("head", bundle_.vocab_size);
-  const auto drafts = static_cast<int64_t>(bundle_.draft_vocabulary.size());
-  if (drafts > 0) expect_rows("draft_head", drafts);
 }
 
 executorch::aten::Tensor Program::call(const std::string& method, const std::vector<TensorPtr>& inputs) {
@@ -147,13 +144,18 @@ Hidden Program::embed(const std::vector<int64_t>& tokens) {
 Hidden Program::segment(int64_t index, const Hidden& hidden, int64_t start) {
   Hidden wide = padded(hidden);
   const auto width = static_cast<SizesType>(rows_of(wide));
+  const int64_t count = rows_of(hidden);
   std::vector<int64_t> places = counting(start, width);
-  int64_t first = start, chain = 0;  // zero bytes mean "no tree" in every type
+  int64_t first = masked_ ? 0 : start, tree = masked_;
+  // A chain's mask is not read, but a tensor must be given: the narrowest.
+  std::vector<float> mask = masked_ ? chain_mask(width, count, start) : std::vector<float>(static_cast<size_t>(width));
+  const int64_t mask_slots = static_cast<int64_t>(mask.size()) / width;
+  mask_slots_ = std::max(mask_slots_, mask_slots);
   const auto out = call("segment_" + std::to_string(index),
                         {from_blob(wide.data(), {1, width, static_cast<SizesType>(bundle_.hidden_size)}),
                          as_tensor(places), as_tensor(places), from_blob(&first, {1}, ScalarType::Long),
-                         from_blob(mask_.data(), {width, static_cast<SizesType>(bundle_.slots)}),
-                         from_blob(&chain, {1}, tree_type_)});
+                         from_blob(mask.data(), {width, static_cast<SizesType>(mask_slots)}),
+                         from_blob(&tree, {1}, ScalarType::Long)});
   const auto* data = out.const_data_ptr<float>();
   return {data, data + hidden.size()};
 }

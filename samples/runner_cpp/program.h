@@ -1,5 +1,5 @@
-// The bundle's .pte: its methods as plain functions over rows. Only what a chain of drafts needs; the trees' mask and
-// `compact` are described in docs/executorch.md.
+// The bundle's .pte: its methods as plain functions over rows. Only what a chain of drafts needs; trees and `compact` are
+// described in docs/executorch.md.
 #pragma once
 
 #include <executorch/extension/module/module.h>
@@ -16,12 +16,19 @@ namespace runner {
 // Rows' hidden states, float32 [n, hidden_size].
 using Hidden = std::vector<float>;
 
+struct ProgramOptions {
+  // All methods see one K/V buffer, as `compact` needs; else each method keeps its own, which is enough for chains, since no
+  // layer belongs to two segments.
+  bool shared_state = true;
+  // Rows go through the kernel that trees take, each with a mask of what it sees.
+  bool masked = false;
+};
+
 class Program {
  public:
-  // Loads every method. shared_state: all methods see one K/V buffer, as `compact` needs; else each method keeps its own,
-  // which is enough for chains, since no layer belongs to two segments. Throws Error where the file is damaged or does
-  // not fit its manifest.
-  Program(const Bundle& bundle, bool shared_state);
+  // Loads every method. Throws Error where the file is damaged, does not fit its manifest, or was lowered for a delegate
+  // that this build does not have.
+  Program(const Bundle& bundle, const ProgramOptions& options);
 
   // Token ids → hidden states before the first layer; 1 to max_width rows.
   Hidden embed(const std::vector<int64_t>& tokens);
@@ -36,6 +43,9 @@ class Program {
 
   const Bundle& bundle() const { return bundle_; }
 
+  // Most slots that a mask handed in so far has shown. What a masked row costs grows with it.
+  int64_t mask_slots() const { return mask_slots_; }
+
  private:
   using TensorPtr = executorch::extension::TensorPtr;
 
@@ -43,13 +53,13 @@ class Program {
   std::vector<int64_t> best_rows(const std::string& head, const Hidden& hidden);
   Hidden padded(const Hidden& hidden) const;
   int64_t rows_of(const Hidden& hidden) const;
+  void check_target() const;
   void load_methods();
-  void check_shapes();
 
   Bundle bundle_;
+  bool masked_;
   executorch::extension::Module module_;
-  std::vector<float> mask_;                       // of a chain: not read, but a tensor must be given
-  executorch::aten::ScalarType tree_type_{};
+  int64_t mask_slots_ = 0;
 };
 
 }  // namespace runner

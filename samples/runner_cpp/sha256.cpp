@@ -69,6 +69,7 @@ std::string sha256_of_file(const std::filesystem::path& path) {
   uint64_t length = 0;
   for (bool ended = false; !ended;) {
     file.read(reinterpret_cast<char*>(piece.data()), static_cast<std::streamsize>(piece.size()));
+    if (file.bad()) throw Error(path.string() + ": cannot be read");
     auto count = static_cast<size_t>(file.gcount());
     length += count;
     std::vector<uint8_t> tail;

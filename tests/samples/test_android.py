@@ -5,6 +5,7 @@ ExecuTorch library's classes. Those hand every call to this process, which runs 
 state of its own for every method, as the Android library has it.
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import shutil
 import struct
 import subprocess
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from skipstone.bundle import PROGRAM_INTERFACE
+from skipstone.runtimes.engines.executorch.backends import BACKENDS
 from skipstone.runtimes.quiet import quiet_libraries
 from tests.samples.eager_drafting import Eager, Expected
 
@@ -35,6 +38,7 @@ NEEDS_ANDROID = "MainActivity.kt"
 COMPILER = "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler"
 NEW_TOKENS = 16
 DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i8"), 6: np.dtype("<f4")}
+MASK, TREE = 4, 5  # of a segment's inputs
 Answer = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 
@@ -82,30 +86,40 @@ class Runtime:
     def __init__(self, calls: IO[bytes], answers: IO[bytes]) -> None:
         self._calls, self._answers = calls, answers
         self._path, self._methods = "", dict[str, Any]()
+        self.chains: list[tuple[int, tuple[int, ...]]] = []
+        """Of every call of a segment as a chain: rows, and the shape of the mask."""
 
     def serve(self) -> None:
         """Until the other side closes."""
         while length := self._calls.read(2):
             name = self._calls.read(struct.unpack(">H", length)[0]).decode()
             try:
-                answer = self._load() if name == "load" else self._run(name, self._inputs())
+                answer = self._answer(name)
             except RuntimeError as error:
                 answer = b"\0" + _utf(str(error))
             self._answers.write(answer)
             self._answers.flush()
 
+    def _answer(self, name: str) -> bytes:
+        if name == "backends":
+            return b"\1" + _names(self._executorch().backend_registry.registered_backend_names)
+        return self._load() if name == "load" else self._run(name, self._inputs())
+
     def _load(self) -> bytes:
         (length,) = struct.unpack(">H", self._calls.read(2))
         self._path, self._methods = self._calls.read(length).decode(), {}
-        names = self._program().method_names
-        return b"\1" + struct.pack(">i", len(names)) + b"".join(map(_utf, names))
+        return b"\1" + _names(self._program().method_names)
 
-    def _program(self) -> Any:
+    def _executorch(self) -> Any:
         with quiet_libraries():
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
             from executorch.runtime import Runtime as ExecuTorch
 
-            return ExecuTorch.get().load_program(self._path)
+            return ExecuTorch.get()
+
+    def _program(self) -> Any:
+        with quiet_libraries():
+            return self._executorch().load_program(self._path)
 
     def _inputs(self) -> list[torch.Tensor]:
         (count,) = struct.unpack(">i", self._calls.read(4))
@@ -121,8 +135,15 @@ class Runtime:
     def _run(self, name: str, inputs: list[torch.Tensor]) -> bytes:
         if name not in self._methods:
             self._methods[name] = self._program().load_method(name)  # another program: another state
+        if name.startswith("segment_"):
+            assert int(inputs[TREE]) == 0, "the app has no trees"
+            self.chains.append((inputs[0].shape[1], tuple(inputs[MASK].shape)))
         out = np.ascontiguousarray(self._methods[name].execute(inputs)[0].numpy(), dtype="<f4")
         return b"\1" + struct.pack(f">i{out.ndim}q", out.ndim, *out.shape) + out.tobytes()
+
+
+def _names(names: Collection[str]) -> bytes:
+    return struct.pack(">i", len(names)) + b"".join(map(_utf, names))
 
 
 def _utf(text: str) -> bytes:
@@ -130,7 +151,15 @@ def _utf(text: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def answer(classes: str, tmp_path_factory: pytest.TempPathFactory) -> Answer:
+def chains() -> list[tuple[int, tuple[int, ...]]]:
+    """Rows and masks of the segments' calls in the last answer."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def answer(
+    classes: str, chains: list[tuple[int, tuple[int, ...]]], tmp_path_factory: pytest.TempPathFactory
+) -> Answer:
     """Requests to what the sample makes of them."""
     folder = tmp_path_factory.mktemp("answers")
 
@@ -145,7 +174,9 @@ def answer(classes: str, tmp_path_factory: pytest.TempPathFactory) -> Answer:
             with process:
                 assert process.stdin
                 assert process.stdout
-                Runtime(process.stdout, process.stdin).serve()
+                runtime = Runtime(process.stdout, process.stdin)
+                runtime.serve()
+                chains[:] = runtime.chains
         assert process.returncode == 0, (folder / "errors.txt").read_text()
         answers: list[dict[str, Any]] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         return answers
@@ -185,6 +216,7 @@ def test_the_kotlin_loop_decodes_as_the_eager_model(
         assert drafting == eager.greedy(ids, NEW_TOKENS, drafts)
         assert made["text"] == tokenizer.decode(made["tokens"], skip_special_tokens=False)
         assert made["seen"] == len(made["tokens"])
+        assert made["tested"] is True
     assert sum(made["accepted"] for made in answers) > 0
 
 
@@ -202,6 +234,30 @@ def test_the_kotlin_tokenizer_encodes_and_decodes_as_tokenizers_does(
         assert made["prompt_tokens"] == tokenizer.encode(text).ids
 
 
+def test_a_chain_hands_in_the_narrowest_mask_once_the_slots_are_known(
+    answer: Answer, chains: list[tuple[int, tuple[int, ...]]], coder_bundle_executorch: Path
+) -> None:
+    manifest = json.loads((coder_bundle_executorch / "manifest.json").read_text())
+    segments, program = len(manifest["exits"]) + 1, manifest["program"]
+    (made,) = answer([_request(coder_bundle_executorch, "def quicksort(")])
+    assert made["rounds"] > 1
+    rehearsed, run = chains[:segments], chains[segments:]
+    assert rehearsed == [(1, (program["max_width"], program["slots"]))] * segments
+    assert {rows for rows, _ in run} > {1}
+    assert all(mask == (rows, 1) for rows, mask in run)
+
+
+def test_a_program_that_was_only_compiled_says_so(
+    answer: Answer, coder_bundle_executorch: Path, tmp_path: Path
+) -> None:
+    folder = _linked(coder_bundle_executorch, tmp_path / "compiled")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["program"]["status"], manifest["parity"] = "compiled", None
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (made,) = answer([_request(folder, "x", 1)])
+    assert made["tested"] is False
+
+
 def test_kotlin_refuses_what_cannot_be_run(
     answer: Answer, coder_bundle_executorch: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +266,16 @@ def test_kotlin_refuses_what_cannot_be_run(
     changed = {
         "format": manifest | {"format": "gguf"},
         "schema": manifest | {"schema_version": 2},
+        "older": manifest | {"program": program | {"interface": PROGRAM_INTERFACE - 1}},
+        "oldest": manifest | {"program": {k: v for k, v in program.items() if k != "interface"}},
+        "newer": manifest | {"program": program | {"interface": PROGRAM_INTERFACE + 1}},
+        "target": manifest | {"program": program | {"target": "vulkan", "status": "compiled"}},
+        "status": manifest | {"program": program | {"status": "dreamt"}},
+        "slots": manifest | {"program": program | {"slots": slots + 1}},
+        "width": manifest | {"program": program | {"max_width": slots}},
+        "narrow": manifest | {"program": program | {"max_width": 8, "slots": 8 * slots}},
+        "hidden": manifest | {"model": manifest["model"] | {"hidden_size": 64}},
+        "vocabulary": manifest | {"model": manifest["model"] | {"vocab_size": 8192}},
         "lost": manifest | {"program": {k: v for k, v in program.items() if k != "slots"}},
         "outside": manifest | {"program": program | {"file": "../model.pte"}},
         "exits": manifest | {"exits": [3, 6]},
@@ -229,6 +295,20 @@ def test_kotlin_refuses_what_cannot_be_run(
         (_request(tmp_path / "nowhere", "x"), "manifest.json: no such file"),
         (_request(folders["format"], "x"), 'format is "gguf"; expected "executorch"'),
         (_request(folders["schema"], "x"), "schema_version is 2; expected 1 to 1"),
+        (
+            _request(folders["older"], "x"),
+            f"manifest.json: program.interface is {PROGRAM_INTERFACE - 1}; this app calls interface "
+            f"{PROGRAM_INTERFACE}; export the bundle again",
+        ),
+        (_request(folders["oldest"], "x"), "program.interface is 1; this app calls"),
+        (_request(folders["newer"], "x"), f"this app calls interface {PROGRAM_INTERFACE}; update the app"),
+        (_request(folders["target"], "x"), "lowered for vulkan; this app's ExecuTorch runs [xnnpack]"),
+        (_request(folders["status"], "x"), 'program.status is "dreamt"; expected "runs" or "compiled"'),
+        (_request(folders["slots"], "x"), f"{program['file']}: segment_0: "),
+        (_request(folders["width"], "x"), f"{program['file']}: embed: "),
+        (_request(folders["narrow"], "x"), f"{program['file']}: takes batches of more than 8 rows"),
+        (_request(folders["hidden"], "x"), "embed gave 16384 values; by the manifest it gives 4096"),
+        (_request(folders["vocabulary"], "x"), "head gave 4096 values; by the manifest it gives 8192"),
         (_request(folders["lost"], "x"), "program.slots is missing"),
         (_request(folders["outside"], "x"), "is not a path inside the bundle"),
         (_request(folders["exits"], "x"), "program.methods are"),
@@ -242,6 +322,56 @@ def test_kotlin_refuses_what_cannot_be_run(
     ]
     for (_, reason), made in zip(cases, answer([request for request, _ in cases]), strict=True):
         assert reason in made.get("error", "no error")
+
+
+def test_kotlin_refuses_other_tokenizers(
+    answer: Answer, coder_bundle_executorch: Path, tmp_path: Path
+) -> None:
+    whole = json.loads((coder_bundle_executorch / "tokenizer.json").read_text(encoding="utf-8"))
+    model = whole["model"]
+    cases = {
+        "{": "not JSON",
+        "[]": "model.type is missing",
+        json.dumps(whole | {"normalizer": {"type": "NFC"}}): "normalizer: not the plain byte-level BPE",
+        json.dumps(
+            whole | {"post_processor": {"type": "TemplateProcessing"}}
+        ): "post_processor: not the plain",
+        json.dumps(whole | {"pre_tokenizer": {"type": "Sequence"}}): "BPE after Sequence: not the plain",
+        json.dumps(whole | {"model": model | {"ignore_merges": True}}): "model.ignore_merges: not the plain",
+        json.dumps(whole | {"model": model | {"vocab": []}}): "model.vocab is not an object",
+        json.dumps(whole | {"model": model | {"vocab": {"a": "1"}}}): "model.vocab.a is not an integer",
+        json.dumps(
+            whole | {"model": model | {"merges": [["a"]]}}
+        ): "model.merges: entry 0 is no pair of texts",
+        json.dumps(
+            whole | {"model": model | {"merges": [["a", "b"], {}]}}
+        ): "model.merges: entry 1 is no pair of texts",
+        json.dumps(
+            whole | {"model": model | {"merges": ["a b c"]}}
+        ): "model.merges: entry 0 is no pair of texts",
+        json.dumps(whole | {"model": model | {"merges": [f"{a} {b}" for a, b in model["merges"]]}}): "",
+    }
+    folders = [
+        _with_tokenizer(coder_bundle_executorch, tmp_path / str(index), text)
+        for index, text in enumerate(cases)
+    ]
+    answers = answer([_request(folder, "x", 1) for folder in folders])
+    for folder, reason, made in zip(folders, cases.values(), answers, strict=True):
+        expected = f"{folder / 'tokenizer.json'}: {reason}" if reason else "no error"
+        assert made.get("error", "no error").startswith(expected)
+
+
+def _with_tokenizer(bundle: Path, folder: Path, text: str) -> Path:
+    """The bundle with another tokenizer, which its manifest lists."""
+    _linked(bundle, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = next(entry for entry in manifest["files"] if entry["path"] == "tokenizer.json")
+    content = (folder / "tokenizer.json").read_bytes()
+    entry.update(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 def _linked(bundle: Path, folder: Path) -> Path:
@@ -275,6 +405,13 @@ def test_the_app_takes_the_runtime_that_the_exporter_wrote_for() -> None:
     build = (APP / "build.gradle.kts").read_text(encoding="utf-8")
     (version,) = re.findall(r'"org\.pytorch:executorch-android:([\d.]+)"', build)
     assert version == importlib.metadata.version("executorch").split("+")[0]
+
+
+def test_the_app_knows_the_targets_and_the_interface_that_the_package_knows() -> None:
+    delegates = re.findall(r'"(\w+)" to "(\w+Backend)"', (SOURCES / "Program.kt").read_text(encoding="utf-8"))
+    assert dict(delegates) == BACKENDS
+    (number,) = re.findall(r"PROGRAM_INTERFACE = (\d+)", (SOURCES / "Bundle.kt").read_text(encoding="utf-8"))
+    assert int(number) == PROGRAM_INTERFACE
 
 
 def test_the_app_opens_on_its_one_screen() -> None:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from samples.random_weights import SHAPES, main, published_config, write_random
+from samples.random_weights import SHAPES, main, published_config, random_model, write_random
 from skipstone.errors import CheckpointError, UsageError
 from skipstone.exporters.checkpoint import open_checkpoint
 
@@ -36,8 +36,30 @@ PUBLISHED = {
         "intermediate_size": 1536, "max_position_embeddings": 8192, "model_type": "llama", "num_attention_heads": 9,
         "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-05, "rope_scaling": null,
         "rope_theta": 100000, "tie_word_embeddings": true, "vocab_size": 49152}""",
+    "t5-small": """{"architectures": ["T5ForConditionalGeneration"], "d_ff": 2048, "d_kv": 64, "d_model": 512,
+        "decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 1, "initializer_factor": 1.0,
+        "is_encoder_decoder": true, "layer_norm_epsilon": 1e-06, "model_type": "t5", "n_positions": 512, "num_heads": 8,
+        "num_layers": 6, "pad_token_id": 0, "relative_attention_num_buckets": 32, "vocab_size": 32128}""",
+    "flan-t5-small": """{"architectures": ["T5ForConditionalGeneration"], "d_ff": 1024, "d_kv": 64, "d_model": 512,
+        "decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 1, "feed_forward_proj": "gated-gelu",
+        "initializer_factor": 1.0, "is_encoder_decoder": true, "layer_norm_epsilon": 1e-06, "model_type": "t5",
+        "n_positions": 512, "num_decoder_layers": 8, "num_heads": 6, "num_layers": 8, "pad_token_id": 0,
+        "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32, "tie_word_embeddings": false,
+        "use_cache": true, "vocab_size": 32128}""",
+    "codet5-small": """{"architectures": ["T5ForConditionalGeneration"], "bos_token_id": 1, "d_ff": 2048, "d_kv": 64,
+        "d_model": 512, "decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 2, "feed_forward_proj": "relu",
+        "initializer_factor": 1.0, "is_encoder_decoder": true, "layer_norm_epsilon": 1e-06, "model_type": "t5",
+        "n_positions": 512, "num_decoder_layers": 6, "num_heads": 8, "num_layers": 6, "pad_token_id": 0,
+        "relative_attention_num_buckets": 32, "use_cache": true, "vocab_size": 32100}""",
 }
-PARAMETERS = {"llama-3.2-1b": 1_235_814_400, "qwen3-0.6b": 596_049_920, "smollm2-135m": 134_515_008}
+PARAMETERS = {
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen3-0.6b": 596_049_920,
+    "smollm2-135m": 134_515_008,
+    "t5-small": 60_506_624,
+    "flan-t5-small": 76_961_152,
+    "codet5-small": 60_492_288,
+}
 
 
 def without_notes(config: PretrainedConfig) -> dict[str, object]:
@@ -47,7 +69,7 @@ def without_notes(config: PretrainedConfig) -> dict[str, object]:
 
 def on_no_device(config: PretrainedConfig) -> torch.nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return random_model(config)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +97,15 @@ def test_a_cut_takes_whole_layers_out_and_nothing_else() -> None:
     kept = {name: tuple(parameter.shape) for name, parameter in cut.named_parameters()}
     gone = tuple(f"model.layers.{layer}." for layer in range(3, 28))
     assert kept == {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
+
+
+def test_a_cut_encoder_decoder_has_so_many_layers_on_either_side(tmp_path: Path) -> None:
+    assert main(["flan-t5-small", "--layers", "2", "--output", str(tmp_path / "flan")]) == 0
+    checkpoint = open_checkpoint(tmp_path / "flan")
+    assert (checkpoint.config.num_layers, checkpoint.config.num_decoder_layers) == (2, 2)
+    head, table = (checkpoint.tensor(name) for name in ("lm_head.weight", "shared.weight"))
+    assert not head.equal(table)
+    assert float(head.float().std()) == pytest.approx(1.0, rel=0.01)
 
 
 def test_the_written_folder_is_a_checkpoint_with_the_cut_on_record(smol: Path) -> None:

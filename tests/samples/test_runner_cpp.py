@@ -1,4 +1,4 @@
-"""The C++ runner builds against the wheel and decodes as the eager model does."""
+"""The C++ runner builds against the wheel and decodes as the eager model and the package do."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ import executorch
 import pytest
 from tokenizers import Tokenizer
 
+from skipstone.bundle import PROGRAM_INTERFACE
 from tests.samples.eager_drafting import Eager, Expected
 
 pytestmark = pytest.mark.slow
@@ -69,9 +70,11 @@ def prompts(coder_checkpoint: Path) -> list[list[int]]:
     return [*long, *short]
 
 
-def _made(result: subprocess.CompletedProcess[str]) -> Expected:
-    assert result.returncode == 0, result.stderr
+def _made(result: subprocess.CompletedProcess[str], mask_slots: int = 1) -> Expected:
+    """What was generated; `mask_slots`: of the widest mask, one where rows take the chain's kernel."""
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
     out = json.loads(result.stdout)
+    assert out["mask_slots"] == mask_slots
     assert out["prefill_seconds"] > 0
     assert (out["tokens_per_second"] > 0) == (len(out["tokens"]) > 1)
     return Expected(out["tokens"], out["rounds"], out["drafted"], out["accepted"])
@@ -95,6 +98,50 @@ def test_plain_decoding_decodes_as_the_eager_model(
     for prompt in prompts:
         made = _made(run(coder_bundle_executorch, prompt, NEW_TOKENS, "--strategy", "plain", "--json"))
         assert made == eager.greedy(prompt, NEW_TOKENS, 0)
+
+
+@pytest.mark.parametrize("strategy", ["plain", "staged"])
+def test_the_runner_decodes_as_the_package_does_with_and_without_trees(
+    strategy: str, run: Run, prompts: list[list[int]], coder_bundle_executorch: Path
+) -> None:
+    import skipstone
+
+    with skipstone.load(coder_bundle_executorch) as model:
+        expected = [
+            list(model.generate(prompt, max_new_tokens=NEW_TOKENS, strategy=strategy).tokens)
+            for prompt in prompts
+        ]
+    assert [_made(run(coder_bundle_executorch, p, NEW_TOKENS, "--json")).tokens for p in prompts] == expected
+
+
+@pytest.mark.parametrize("reference_width", [1, 8])
+def test_masks_end_at_the_last_row_and_change_nothing(
+    reference_width: int,
+    run: Run,
+    eager: Eager,
+    prompts: list[list[int]],
+    coder_bundle_executorch: Path,
+    tmp_path: Path,
+) -> None:
+    widened = _copy(
+        coder_bundle_executorch, tmp_path, lambda m: m["program"].update(reference_width=reference_width)
+    )
+    slots = json.loads((widened / "manifest.json").read_text())["program"]["slots"]
+    for prompt in (*prompts, prompts[0][:1]):
+        for flags, drafts in ((("--strategy", "plain"), 0), ((), DRAFT_LENGTH)):
+            expected = eager.greedy(prompt, NEW_TOKENS, drafts)
+            seen = len(prompt) + len(expected.tokens) - 1  # the last token is never run
+            assert seen < slots
+            result = run(widened, prompt, NEW_TOKENS, *flags, "--masked", "--json")
+            assert _made(result, mask_slots=seen) == expected
+
+
+def test_a_mask_reaches_to_the_last_slot(run: Run, coder_bundle_executorch: Path) -> None:
+    slots = json.loads((coder_bundle_executorch / "manifest.json").read_text())["program"]["slots"]
+    prompt = [5] * (slots - 3)
+    plain = _made(run(coder_bundle_executorch, prompt, 4, "--json"))
+    assert len(plain.tokens) == 4
+    assert _made(run(coder_bundle_executorch, prompt, 4, "--json", "--masked"), mask_slots=slots) == plain
 
 
 @pytest.mark.parametrize("draft_length", [1, 63])
@@ -137,7 +184,36 @@ def test_without_json_the_figures_are_written_for_people(run: Run, coder_bundle_
     tokens, drafts, speed = run(coder_bundle_executorch, [5, 6, 7], 3).stdout.splitlines()
     assert tokens.startswith("tokens: ")
     assert drafts.startswith("rounds: ")
+    assert drafts.endswith("mask slots: 1")
     assert speed.endswith(" tokens/s")
+
+
+def test_output_that_cannot_be_written_is_an_error(runner: Path, coder_bundle_executorch: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("a device that is always full is Linux's own")
+    command = [runner, coder_bundle_executorch, "--tokens", "5", "--max-new-tokens", "1"]
+    with full.open("wb") as stream:
+        result = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr == "skipstone-runner: standard output cannot be written\n"
+
+
+def test_a_program_that_was_only_compiled_runs_with_a_warning(
+    run: Run, coder_bundle_executorch: Path, tmp_path: Path
+) -> None:
+    untested = _copy(
+        coder_bundle_executorch,
+        tmp_path,
+        lambda m: (m["program"].update(status="compiled"), m.update(parity=None)),
+    )
+    result = run(untested, [5, 6], 2)
+    assert result.returncode == 0
+    assert result.stdout.startswith("tokens: ")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(
+        f"skipstone-runner: warning: {untested / _program_of(untested)}: compiled on a machine"
+    )
 
 
 def _copy(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -171,10 +247,49 @@ _CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no list": (lambda m: m.update(exits=3), "exits is not an array"),
     "a path outside": (lambda m: m["program"].update(file="../x.pte"), "is not a path inside the bundle"),
     "an unlisted file": (lambda m: m.update(files=[]), "is not listed under files"),
-    "other slots": (lambda m: m["program"].update(slots=128), "the number of slots of segment_0"),
-    "another width": (lambda m: m["program"].update(max_width=8), "the greatest width of segment_0"),
-    "another hidden size": (lambda m: m["model"].update(hidden_size=64), "the hidden size of segment_0"),
-    "another vocabulary": (lambda m: m["model"].update(vocab_size=8192), "the vocabulary of head is 4096"),
+    "an older interface": (
+        lambda m: m["program"].update(interface=PROGRAM_INTERFACE - 1),
+        f"manifest.json: program.interface is {PROGRAM_INTERFACE - 1}; this runner calls interface "
+        f"{PROGRAM_INTERFACE}; export the bundle again",
+    ),
+    "a manifest from before interfaces": (
+        lambda m: m["program"].pop("interface"),
+        f"program.interface is 1; this runner calls interface {PROGRAM_INTERFACE}; export the bundle again",
+    ),
+    "a newer interface": (
+        lambda m: m["program"].update(interface=PROGRAM_INTERFACE + 1),
+        f"program.interface is {PROGRAM_INTERFACE + 1}; this runner calls interface {PROGRAM_INTERFACE}; "
+        "build the runner that came with the exporter",
+    ),
+    "an interface that is no number": (
+        lambda m: m["program"].update(interface="2"),
+        "program.interface is not an integer",
+    ),
+    "another target": (
+        lambda m: m["program"].update(target="vulkan", status="compiled"),
+        "lowered for vulkan; this runner's ExecuTorch runs xnnpack; export with --device cpu",
+    ),
+    "an unheard-of target": (lambda m: m["program"].update(target="abacus"), "lowered for abacus"),
+    "an unheard-of status": (
+        lambda m: m["program"].update(status="dreamt"),
+        'program.status is "dreamt"; expected "runs" or "compiled"',
+    ),
+    "other slots": (
+        lambda m: m["program"].update(slots=128),
+        "input mask of segment_0 is float32 [64, 512]; by the manifest it is float32 [64, 128]; export or copy",
+    ),
+    "another width": (
+        lambda m: m["program"].update(max_width=8),
+        "input tokens of embed is int64 [1, 64]; by the manifest it is int64 [1, 8]",
+    ),
+    "another hidden size": (
+        lambda m: m["model"].update(hidden_size=64),
+        "output hidden of embed is float32 [1, 64, 256]; by the manifest it is float32 [1, 64, 64]",
+    ),
+    "another vocabulary": (
+        lambda m: m["model"].update(vocab_size=8192),
+        "output logits of head is float32 [1, 64, 4096]; by the manifest it is float32 [1, 64, 8192]",
+    ),
     "a reference too wide": (
         lambda m: m["program"].update(reference_width=65),
         "program.reference_width is 65",
@@ -301,6 +416,10 @@ def test_missing_files_are_refused(run: Run, coder_bundle_executorch: Path, tmp_
         (["BUNDLE", "--tokens", "1", "--max-new-tokens"], "--max-new-tokens needs a value"),
         (["BUNDLE", "--tokens", "", "--max-new-tokens", "3"], '--tokens: ""'),
         (["BUNDLE", "--tokens", "1,", "--max-new-tokens", "3"], '--tokens: ""'),
+        (
+            ["BUNDLE", "--tokens", "1, 2", "--max-new-tokens", "3"],
+            '--tokens: " 2" is not an integer from 0 to',
+        ),
         (["BUNDLE", "--tokens", "-1", "--max-new-tokens", "3"], '--tokens: "-1"'),
         (["BUNDLE", "--tokens", "1", "--max-new-tokens", "0"], '--max-new-tokens: "0"'),
         (["BUNDLE", "--tokens", "1", "--max-new-tokens", "9" * 30], "--max-new-tokens: "),

@@ -12,18 +12,27 @@ import java.nio.LongBuffer
  * Stand-ins for the classes of ExecuTorch's Android library, as far as the app uses them, with the library's names and
  * types: on a desktop JVM they hand every call over standard input and output to a process that has the runtime.
  *
- * Messages, big-endian: "load" and the file's path, answered by the methods' names; or a method's name and its inputs,
- * answered by one float32 output. An input is its type's code in the library (4 int64, 6 float32), its sizes and its
+ * Messages, big-endian: "backends", answered by the delegates' names; "load" and the file's path, answered by the methods'
+ * names; or a method's name and its inputs, answered by one float32 output. An input is its type's code in the library (4 int64, 6 float32), its sizes and its
  * values in little-endian order. Every answer opens with a byte, 0 for an error and its text.
  */
+class ExecuTorchRuntime private constructor() {
+    companion object {
+        @JvmStatic
+        fun getRegisteredBackends(): Array<String> {
+            Pipe.out.writeUTF("backends")
+            return Pipe.names().toTypedArray()
+        }
+    }
+}
+
 class Module private constructor(path: String) {
     private val names: List<String>
 
     init {
         Pipe.out.writeUTF("load")
         Pipe.out.writeUTF(path)
-        Pipe.answer()
-        names = List(Pipe.input.readInt()) { Pipe.input.readUTF() }
+        names = Pipe.names()
     }
 
     fun getMethods(): Array<String> = names.toTypedArray()
@@ -87,16 +96,6 @@ class Tensor private constructor(private val dtype: Int, private val shape: Long
         @JvmStatic
         fun fromBlob(data: FloatArray, shape: LongArray): Tensor = of(FLOAT, shape, FloatBuffer.wrap(data.copyOf()))
 
-        @JvmStatic
-        fun fromBlob(data: FloatBuffer, shape: LongArray): Tensor {
-            require(data.isDirect && data.order() == ByteOrder.nativeOrder()) { "a direct buffer of native order" }
-            return of(FLOAT, shape, data)
-        }
-
-        @JvmStatic
-        fun allocateFloatBuffer(numElements: Int): FloatBuffer =
-            ByteBuffer.allocateDirect(numElements * Float.SIZE_BYTES).order(ByteOrder.nativeOrder()).asFloatBuffer()
-
         internal fun read(input: DataInputStream): Tensor {
             val shape = LongArray(input.readInt()) { input.readLong() }
             val bytes = little(shape.fold(Float.SIZE_BYTES) { size, n -> size * n.toInt() })
@@ -116,6 +115,11 @@ class Tensor private constructor(private val dtype: Int, private val shape: Long
 private object Pipe {
     val input = DataInputStream(System.`in`.buffered())
     val out = DataOutputStream(System.out.buffered())
+
+    fun names(): List<String> {
+        answer()
+        return List(input.readInt()) { input.readUTF() }
+    }
 
     fun answer() {
         out.flush()

@@ -54,6 +54,7 @@ private fun continued(request: JsonObject): JsonObject {
             put("rounds", made.rounds)
             put("drafted", made.drafted)
             put("accepted", made.accepted)
+            put("tested", bundle.tested)
         }
     }
 }

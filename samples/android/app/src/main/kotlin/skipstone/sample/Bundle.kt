@@ -1,6 +1,7 @@
 package skipstone.sample
 
 import java.io.File
+import java.io.IOException
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
 import java.security.MessageDigest
@@ -25,6 +26,8 @@ class BundleException(message: String) : Exception(message)
  * @property maxWidth most rows of a call.
  * @property referenceWidth fewest rows of a call; narrower batches are padded.
  * @property draftVocabulary token id of every row of the draft head; empty without one.
+ * @property target delegate that the program was lowered for, as the manifest names it.
+ * @property tested the program went through the exporter's self-test; else it was only compiled where it was exported.
  */
 class Bundle(
     val program: File,
@@ -39,16 +42,26 @@ class Bundle(
     val eosTokenIds: Set<Int>,
     val draftVocabulary: IntArray,
     val methods: Set<String>,
+    val target: String,
+    val tested: Boolean,
 ) {
     companion object {
         private const val SCHEMA_VERSION = 1
 
-        /** Reads and checks a bundle of format "executorch", schema version 1. Throws [BundleException]. */
+        /** What the methods mean: docs/executorch.md. */
+        private const val PROGRAM_INTERFACE = 2
+
+        /** Few enough that a mask over all of them fits a phone's memory. */
+        private const val MOST_SLOTS = 1 shl 16
+
+        /** Reads and checks a bundle of format "executorch", schema version 1, interface 2. Throws [BundleException]. */
         fun open(folder: File): Bundle {
             val path = File(folder, "manifest.json")
             if (!path.isFile) throw BundleException("$path: no such file")
             try {
                 return read(folder, Manifest(Json.parseToJsonElement(path.readText())))
+            } catch (error: IOException) {
+                throw BundleException("$path: cannot be read: ${error.message}")
             } catch (error: SerializationException) {
                 throw BundleException("$path: not JSON: ${error.message?.lines()?.first()}")
             } catch (error: BundleException) {
@@ -60,11 +73,12 @@ class Bundle(
             val format = manifest.text("format")
             if (format != "executorch") throw BundleException("format is \"$format\"; expected \"executorch\"")
             manifest.integer("schema_version", SCHEMA_VERSION..SCHEMA_VERSION)
+            checkInterface(manifest)
             val vocabSize = manifest.integer("model.vocab_size")
             val numSegments = manifest.array("exits").size + 1
-            val slots = manifest.integer("program.slots")
+            val slots = manifest.integer("program.slots", 1..MOST_SLOTS)
             val maxWidth = manifest.integer("program.max_width", 1..slots)
-            val drafts = manifest.find("program.draft_vocabulary") !is JsonNull
+            val drafts = !manifest.isNull("program.draft_vocabulary")
             val methods = manifest.array("program.methods").map { Manifest(it).text("name") }.toSet()
             val expected = expectedMethods(numSegments, drafts)
             if (methods != expected) {
@@ -85,7 +99,25 @@ class Bundle(
                     if (drafts) readVocabulary(listedFile(folder, manifest, "program.draft_vocabulary"), vocabSize)
                     else IntArray(0),
                 methods = methods,
+                target = manifest.text("program.target"),
+                tested = isTested(manifest),
             )
+        }
+
+        /** Manifests from before the number was introduced have none: they are of interface 1. */
+        private fun checkInterface(manifest: Manifest) {
+            val found = if (manifest.isNull("program.interface")) 1 else manifest.integer("program.interface")
+            if (found == PROGRAM_INTERFACE) return
+            val next = if (found < PROGRAM_INTERFACE) "export the bundle again" else "update the app"
+            throw BundleException("program.interface is $found; this app calls interface $PROGRAM_INTERFACE; $next")
+        }
+
+        private fun isTested(manifest: Manifest): Boolean {
+            val status = if (manifest.isNull("program.status")) "runs" else manifest.text("program.status")
+            if (status != "runs" && status != "compiled") {
+                throw BundleException("program.status is \"$status\"; expected \"runs\" or \"compiled\"")
+            }
+            return status == "runs"
         }
 
         private fun expectedMethods(numSegments: Int, drafts: Boolean): Set<String> {
@@ -104,12 +136,14 @@ class Bundle(
                 manifest.array("files").map(::Manifest).find { it.text("path") == name }
                     ?: throw BundleException("$name is not listed under files")
             val file = File(folder, name)
-            if (!file.isFile) throw BundleException("$name is missing")
+            if (!file.isFile) throw BundleException("$name is missing; copy or export the bundle again")
             if (file.length() != entry.long("size")) {
-                throw BundleException("$name has ${file.length()} bytes; the manifest says ${entry.long("size")}")
+                throw BundleException(
+                    "$name has ${file.length()} bytes; the manifest says ${entry.long("size")}; copy or export the bundle again"
+                )
             }
             if (sha256(file) != entry.text("sha256")) {
-                throw BundleException("$name is damaged: its SHA-256 is not the one listed")
+                throw BundleException("$name is damaged: its SHA-256 is not the one listed; copy or export the bundle again")
             }
             return file
         }
@@ -139,10 +173,10 @@ class Bundle(
 
 /** Values of a JSON object by dotted path; everything throws [BundleException] naming the path. */
 internal class Manifest(private val root: JsonElement) {
-    fun find(path: String): JsonElement =
-        path.split('.').fold(root) { element, key ->
-            (element as? JsonObject)?.get(key) ?: throw BundleException("$path is missing")
-        }
+    fun find(path: String): JsonElement = findOrNull(path) ?: throw BundleException("$path is missing")
+
+    /** Null, or nothing at all, stands at the path. */
+    fun isNull(path: String): Boolean = findOrNull(path).let { it == null || it is JsonNull }
 
     fun text(path: String): String =
         (find(path) as? JsonPrimitive)?.takeIf { it.isString }?.content
@@ -151,11 +185,21 @@ internal class Manifest(private val root: JsonElement) {
     fun array(path: String): JsonArray =
         find(path) as? JsonArray ?: throw BundleException("$path is not an array")
 
+    fun members(path: String): JsonObject =
+        find(path) as? JsonObject ?: throw BundleException("$path is not an object")
+
+    /** The integers that stand under an object's keys. */
+    fun numbers(path: String): Map<String, Int> =
+        members(path).mapValues { (key, value) -> integer(value, "$path.$key", 0..Int.MAX_VALUE) }
+
     fun long(path: String): Long = long(find(path), path)
 
     fun integer(path: String, range: IntRange = 1..Int.MAX_VALUE): Int = integer(find(path), path, range)
 
     fun integers(path: String, range: IntRange): List<Int> = array(path).map { integer(it, path, range) }
+
+    private fun findOrNull(path: String): JsonElement? =
+        path.split('.').fold(root as JsonElement?) { element, key -> (element as? JsonObject)?.get(key) }
 
     private fun long(element: JsonElement, path: String): Long =
         (element as? JsonPrimitive)?.takeIf { !it.isString }?.longOrNull

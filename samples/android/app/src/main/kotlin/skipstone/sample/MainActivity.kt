@@ -11,6 +11,7 @@ import android.widget.LinearLayout
 import android.widget.ScrollView
 import android.widget.TextView
 import java.io.File
+import java.util.concurrent.CancellationException
 import java.util.concurrent.Executors
 
 /** One screen: a prompt, whether to draft, the text as it grows, and what came of the drafts. */
@@ -22,12 +23,11 @@ class MainActivity : Activity() {
     private lateinit var output: TextView
     private lateinit var figures: TextView
 
-    /** Opened by the worker at the first run: loading a program takes seconds. */
-    private val opened by lazy {
-        val folder = File(getExternalFilesDir(null), "bundle")
-        val bundle = Bundle.open(folder)
-        Program(bundle) to Tokenizer.read(bundle.tokenizer)
-    }
+    /** The worker's alone; opened at the first run, because loading a program takes seconds. */
+    private var opened: Pair<Program, Tokenizer>? = null
+
+    /** A run that is under way ends with its round. */
+    @Volatile private var gone = false
 
     override fun onCreate(savedInstanceState: State?) {
         super.onCreate(savedInstanceState)
@@ -42,7 +42,9 @@ class MainActivity : Activity() {
     }
 
     override fun onDestroy() {
-        worker.shutdownNow()
+        gone = true
+        worker.execute { opened?.first?.close() }
+        worker.shutdown() // after what was handed in
         super.onDestroy()
     }
 
@@ -61,15 +63,24 @@ class MainActivity : Activity() {
 
     /** Runs in the worker; returns the run's figures. */
     private fun continueText(text: String, limits: Limits): String {
-        val (program, tokenizer) = opened
+        val (program, tokenizer) = opened ?: open().also { opened = it }
         val made =
             generate(program, tokenizer.encode(text), limits) { tokens ->
+                if (gone) throw CancellationException("the screen was closed")
                 val grown = text + tokenizer.decode(tokens)
                 runOnUiThread { output.text = grown }
             }
-        val speed = (made.tokens.size - 1) / made.decodeSeconds
-        return "%.1f tokens/s; %d of %d drafts accepted in %d rounds".format(
-            speed, made.accepted, made.drafted, made.rounds)
+        val speed = if (made.tokens.size > 1) (made.tokens.size - 1) / made.decodeSeconds else 0.0
+        val figures =
+            "%.1f tokens/s; %d of %d drafts accepted in %d rounds".format(speed, made.accepted, made.drafted, made.rounds)
+        return if (program.bundle.tested) figures else "$figures. Compiled without a self-test: compare the text with the model's"
+    }
+
+    /** The program last: whatever fails before it leaves nothing to close. */
+    private fun open(): Pair<Program, Tokenizer> {
+        val bundle = Bundle.open(File(getExternalFilesDir(null), "bundle"))
+        val tokenizer = Tokenizer.read(bundle.tokenizer)
+        return Program(bundle) to tokenizer
     }
 
     private companion object {

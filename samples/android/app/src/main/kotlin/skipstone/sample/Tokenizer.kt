@@ -2,12 +2,12 @@ package skipstone.sample
 
 import java.io.ByteArrayOutputStream
 import java.io.File
+import java.io.IOException
+import kotlinx.serialization.SerializationException
 import kotlinx.serialization.json.Json
 import kotlinx.serialization.json.JsonArray
 import kotlinx.serialization.json.JsonElement
-import kotlinx.serialization.json.JsonObject
 import kotlinx.serialization.json.JsonPrimitive
-import kotlinx.serialization.json.int
 
 /**
  * Byte-level BPE as GPT-2 has it (Radford et al. 2019, section 2.2), read from a tokenizer.json.
@@ -64,27 +64,53 @@ class Tokenizer private constructor(private val ids: Map<String, Int>, private v
         }
         private val BYTES: Map<Char, Int> = LETTERS.withIndex().associate { (byte, letter) -> letter to byte }
 
-        /** Reads a tokenizer.json. Throws [BundleException] where it is of another kind. */
-        fun read(file: File): Tokenizer {
-            val root = Json.parseToJsonElement(file.readText())
-            val manifest = Manifest(root)
-            val kind = manifest.text("model.type") to manifest.text("pre_tokenizer.type")
-            val splits = (manifest.find("pre_tokenizer") as JsonObject)["use_regex"] == JsonPrimitive(true)
-            val prefixed = (manifest.find("pre_tokenizer") as JsonObject)["add_prefix_space"] == JsonPrimitive(true)
-            if (kind != ("BPE" to "ByteLevel") || !splits || prefixed) {
-                throw BundleException("${file.name}: $kind is not the byte-level BPE that this sample reads")
+        /** Reads a tokenizer.json. Throws [BundleException] where it is damaged or of another kind. */
+        fun read(file: File): Tokenizer =
+            try {
+                read(Manifest(Json.parseToJsonElement(file.readText())))
+            } catch (error: IOException) {
+                throw BundleException("$file: cannot be read: ${error.message}")
+            } catch (error: SerializationException) {
+                throw BundleException("$file: not JSON: ${error.message?.lines()?.first()}")
+            } catch (error: BundleException) {
+                throw BundleException("$file: ${error.message}")
             }
-            val ids = (manifest.find("model.vocab") as JsonObject).mapValues { (_, id) -> (id as JsonPrimitive).int }
-            val ranks = manifest.array("model.merges").withIndex().associate { (rank, pair) -> pairOf(pair) to rank }
-            return Tokenizer(ids, ranks)
+
+        private fun read(root: Manifest): Tokenizer {
+            refuseOtherKinds(root)
+            val merges = root.array("model.merges").withIndex().associate { (rank, pair) -> pairOf(pair, rank) to rank }
+            return Tokenizer(root.numbers("model.vocab"), merges)
+        }
+
+        /** Whatever would change the token ids and is not read here. */
+        private fun refuseOtherKinds(root: Manifest) {
+            fun isTrue(path: String) = !root.isNull(path) && root.find(path) == JsonPrimitive(true)
+            fun isText(path: String) = !root.isNull(path) && root.find(path) != JsonPrimitive("")
+            val model = root.text("model.type")
+            val split = root.text("pre_tokenizer.type")
+            val other =
+                when {
+                    model != "BPE" || split != "ByteLevel" -> "$model after $split"
+                    !isTrue("pre_tokenizer.use_regex") -> "pre_tokenizer.use_regex"
+                    isTrue("pre_tokenizer.add_prefix_space") -> "pre_tokenizer.add_prefix_space"
+                    !root.isNull("normalizer") -> "normalizer"
+                    !root.isNull("post_processor") && root.text("post_processor.type") != "ByteLevel" -> "post_processor"
+                    isTrue("model.ignore_merges") -> "model.ignore_merges"
+                    isText("model.continuing_subword_prefix") -> "model.continuing_subword_prefix"
+                    isText("model.end_of_word_suffix") -> "model.end_of_word_suffix"
+                    else -> return
+                }
+            throw BundleException("$other: not the plain byte-level BPE that this sample reads; take a tokenizer library")
         }
 
         /** A merge stands as ["a", "b"], in older files as "a b". */
-        private fun pairOf(merge: JsonElement): Pair<String, String> =
-            if (merge is JsonArray) {
-                (merge[0] as JsonPrimitive).content to (merge[1] as JsonPrimitive).content
-            } else {
-                (merge as JsonPrimitive).content.split(' ').let { (left, right) -> left to right }
-            }
+        private fun pairOf(merge: JsonElement, rank: Int): Pair<String, String> {
+            val parts = if (merge is JsonArray) merge.map(::textOf) else textOf(merge)?.split(' ').orEmpty()
+            val (left, right) = parts.takeIf { it.size == 2 } ?: listOf(null, null)
+            if (left == null || right == null) throw BundleException("model.merges: entry $rank is no pair of texts")
+            return left to right
+        }
+
+        private fun textOf(element: JsonElement): String? = (element as? JsonPrimitive)?.takeIf { it.isString }?.content
     }
 }
