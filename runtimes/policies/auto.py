@@ -7,7 +7,7 @@ rate; plain decoding is an arm like the others. Three things keep the promise ne
 - an arm that falls behind plain sleeps, twice as long each time; while all sleep nothing is computed but the model;
 - every generation keeps an account in plain tokens: what drafting gained and lost. It opens with a small credit, a
   small share of every token is paid in, and once it is overdrawn only plain decoding goes on. An arm that has gained in
-  every generation of late needs no credit.
+  generations of late is trusted: it gets more credit, and a few bad rounds do not send it to sleep.
 
 The controller is of the kind ONNX Runtime GenAI uses for draft lengths (throughput averaged exponentially, probes with
 a cooldown), over arms instead of lengths; DEL (arXiv 2504.05598) chooses exits by the same tokens-per-cost figure.
@@ -15,7 +15,6 @@ a cooldown), over arms instead of lengths; DEL (arXiv 2504.05598) chooses exits 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -34,14 +33,14 @@ _WARM_UP = 3  # plain rounds that show what a token really costs here
 _FIRST_NAP = 16  # tokens
 _LONGEST_NAP = 1024
 _RECORDS = 8  # generations whose gain is remembered
-_RECORD = 3  # of them earn trust
-_RECORD_ROUNDS = 6  # rounds that make a generation's gain worth remembering
-_GAIN = 1.1  # speed-up that each of them must show
-_STRONG_GAIN = 1.5  # speed-up of which a single one is enough
+_RECORD_ROUNDS = 6  # rounds that make a gain worth remembering; shorter generations are counted together
+_GAIN = 1.1  # speed-up over them that earns trust
 _CREDIT = 0.5  # plain tokens that drafting may lose at once
 _SHARE = 0.01  # of all tokens, that it may lose in the long run
+_TRUST = 1.0  # more of them, for an arm that is trusted
 _STAKE = 1.5  # plain tokens that a round may lose beyond the credit
-_OUTLIER = 2.0  # a round this much slower than foreseen was interrupted from outside
+_OUTLIER = 1.5  # a round this much slower than foreseen was interrupted from outside
+_KNOWN = 8  # rounds after which an arm's rate says something
 _HOPE = 1.05  # an untried arm is taken to be this much better than what it builds on
 
 
@@ -55,8 +54,8 @@ class Arm:
         rounds: how often it was taken.
         nap: tokens it will sleep next time.
         asleep_until: count of generated tokens at which it may be tried again.
-        gains: its speed-up in the last generations that used it.
-        generation: rounds, tokens and seconds of the present one.
+        gains: its speed-up in the last generations that used it, short ones taken together.
+        generation: rounds, tokens and seconds of the present one, and of short ones before.
     """
 
     drafter: Drafter | None
@@ -69,10 +68,14 @@ class Arm:
     generation: tuple[int, float, float] = (0, 0.0, 0.0)
 
     @property
+    def gain(self) -> float:
+        """Its speed-up over all those generations, 0 where there were none."""
+        return len(self.gains) / sum(1.0 / gain for gain in self.gains) if self.gains else 0.0
+
+    @property
     def trusted(self) -> bool:
-        """Whether every generation of late gained: several of them a little, or even one of them much."""
-        least = min(self.gains, default=0.0)
-        return least >= (_GAIN if len(self.gains) >= _RECORD else _STRONG_GAIN)
+        """Whether drafting so has paid of late."""
+        return self.gain >= _GAIN
 
     @property
     def rate(self) -> float:
@@ -98,7 +101,7 @@ class Arm:
         rounds, tokens, seconds = self.generation
         if rounds >= _RECORD_ROUNDS:
             self.gains.append(tokens / seconds / plain_rate)
-        self.generation = 0, 0.0, 0.0
+            self.generation = 0, 0.0, 0.0
         self.asleep_until, self.nap = 0, _FIRST_NAP
 
 
@@ -123,7 +126,7 @@ class AutoPolicy:
         self._generated, self._credit, self._stake = 0, _CREDIT, 0.0
 
     def begin(self, prompt: Sequence[int], session: Session) -> None:
-        self._text.reset(prompt)
+        self._text.reset(prompt, session.source)
         self._generated, self._credit = 0, _CREDIT
         for arm in self._arms:
             arm.wake(self._plain.rate)
@@ -133,18 +136,18 @@ class AutoPolicy:
         if self._plain.rounds >= _WARM_UP:
             best = max((arm for arm in self._arms if self._may_take(arm)), key=self._hoped_rate, default=None)
             if best is not None and self._hoped_rate(best) > self._plain.rate:
-                self._chosen, self._stake = best, math.inf if best.trusted else self._credit + _STAKE
+                self._chosen, self._stake = best, self._account(best) + _STAKE
         return Choice(self._chosen.drafter, self._stake * self._plain.seconds)
 
     def learn(self, outcome: Outcome) -> None:
-        if outcome.observation is None:
-            return
         arm, fresh = self._chosen, outcome.observation.fresh
         self._generated += fresh
         if arm.drafter is None:
             arm.update(fresh, min(outcome.seconds, _OUTLIER * arm.seconds))
             self._credit += _SHARE * fresh
             return
+        if not arm.rounds:
+            arm.seconds = self._plain.seconds  # measured here, where the cost curve may have met a slow spell
         foreseen = max(arm.seconds, (1.0 + min(self._stake, _STAKE)) * self._plain.seconds)
         seconds = min(outcome.seconds, _OUTLIER * foreseen)
         if arm is self._lookup and outcome.drafted:
@@ -161,12 +164,22 @@ class AutoPolicy:
         elif arm.rate > 1.1 * self._plain.rate:
             arm.nap = _FIRST_NAP
 
+    def _account(self, arm: Arm) -> float:
+        """Plain tokens that the arm may still lose in this generation."""
+        return self._credit + (_TRUST if arm.trusted else 0.0)
+
     def _may_take(self, arm: Arm) -> bool:
-        awake = arm.asleep_until <= self._generated
-        return awake and (self._credit > 0.0 or arm.trusted)
+        return self._account(arm) > 0.0 and (arm.trusted or arm.asleep_until <= self._generated)
 
     def _hoped_rate(self, arm: Arm) -> float:
-        """The arm's rate, or for an untried stage a little more than what it builds on."""
-        if arm.rounds or arm is self._lookup:
-            return arm.rate
-        return _HOPE * self._lookup.rate if self._lookup.rounds >= 8 else 0.0
+        """The arm's rate; for a trusted one what it was in generations of late, if that is better.
+
+        An untried lookup is taken to be a little better than plain decoding as it runs here (the cost curve may have
+        been measured in a slower moment), an untried stage a little better than what it builds on.
+        """
+        if arm.rounds:
+            return max(arm.rate, arm.gain * self._plain.rate) if arm.trusted else arm.rate
+        if arm is self._lookup:
+            return _HOPE * self._plain.rate
+        known = self._lookup.rate if self._lookup.rounds >= _KNOWN else 0.0
+        return _HOPE * max(_HOPE * self._plain.rate, known)

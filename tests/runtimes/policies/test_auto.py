@@ -125,7 +125,7 @@ def test_on_text_that_cannot_be_guessed_auto_is_as_fast_as_plain(clock: Clock) -
 
 def test_where_further_rows_are_free_auto_drafts_and_gains(clock: Clock) -> None:
     found, steps = speed_up("copying", clock, {"slope": 0.0})
-    assert found >= 1.5
+    assert found >= 1.4
     assert sum(step.accepted for step in steps) > TOKENS / 3
 
 
@@ -202,20 +202,18 @@ def arm_with(*gains: float) -> Arm:
     ("gains", "trusted"),
     [
         ((), False),
-        ((1.3,), False),
-        ((1.3, 1.3), False),
-        ((1.3, 1.3, 1.3), True),
-        ((1.6,), True),
-        ((1.6, 1.3), False),
-        ((1.6, 1.3, 1.3), True),
-        ((3.0, 3.0, 3.0, 1.05), False),
+        ((1.05,), False),
+        ((1.2,), True),
         ((0.5,), False),
+        ((2.0, 1.05), True),
+        ((1.3, 0.8, 1.1), False),
+        ((0.9, 2.0, 1.5, 0.9), True),
     ],
 )
-def test_several_gains_or_a_strong_one_earn_trust_and_a_single_loss_takes_it(
-    gains: tuple[float, ...], trusted: bool
-) -> None:
+def test_a_speed_up_over_the_generations_of_late_earns_trust(gains: tuple[float, ...], trusted: bool) -> None:
+    """Seconds add up, so a gain of 2 and one of 0.5 make 0.8 together, not 1.25."""
     assert arm_with(*gains).trusted is trusted
+    assert not arm_with(2.0, 0.5).trusted
 
 
 def test_a_generation_counts_by_its_speed_up_over_plain_decoding() -> None:
@@ -238,6 +236,16 @@ def test_a_few_rounds_are_too_few_to_judge_an_arm_by() -> None:
         arm.update(9, 1.0)
     arm.wake(plain_rate=1.0)
     assert not arm.gains
+
+
+def test_generations_of_few_rounds_are_judged_together() -> None:
+    """An aggressive draft may write a sentence in two rounds: a dozen sentences say as much as one long text."""
+    arm = arm_with()
+    for _ in range(3):
+        for tokens in (9, 7):
+            arm.update(tokens, 2.0)
+        arm.wake(plain_rate=1.0)
+    assert list(arm.gains) == [pytest.approx(4.0)]
 
 
 class Rounds:
@@ -269,7 +277,7 @@ class Rounds:
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_round_may_lose_the_credit_and_the_stake_until_the_arm_is_trusted() -> None:
+def test_a_round_may_lose_the_credit_and_the_stake_and_more_once_the_arm_is_trusted() -> None:
     rounds = Rounds()
     assert rounds.plain_rounds_until_a_draft(10) == 3
     rounds.begin()
@@ -277,9 +285,28 @@ def test_a_round_may_lose_the_credit_and_the_stake_until_the_arm_is_trusted() ->
     assert earned == pytest.approx(0.5 + 1.5)
     for _ in range(3):
         rounds.begin()
-        assert all(rounds.play(2, 1.4).allowance < 10 * rounds.second for _ in range(8))
+        assert all(rounds.play(2, 1.4).drafter is not None for _ in range(8))
     rounds.begin()
-    assert rounds.play(2, 1.4).allowance == np.inf
+    assert rounds.policy.next().allowance / rounds.second == pytest.approx(0.5 + 1.0 + 1.5)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_trusted_arm_is_taken_up_at_once_and_outlasts_a_bad_round() -> None:
+    rounds = Rounds()
+    for _ in range(3 + 8):
+        rounds.play(3, 1.5)
+    rounds.begin()
+    assert [rounds.play(1, 1.4).drafter is None for _ in range(5)] == [False] * 4 + [True]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_stage_is_tried_before_the_text_that_it_builds_on() -> None:
+    rounds = Rounds()
+    for _ in range(3):
+        assert rounds.play(2, 1.5).drafter is None
+    drafter = rounds.play(2, 1.5).drafter
+    assert drafter is not None
+    assert "exit" in drafter.name
 
 
 @pytest.mark.usefixtures("clock")
