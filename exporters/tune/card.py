@@ -6,14 +6,13 @@ import tomllib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from skipstone.exporters.tune.recipe import exits_of
+from skipstone.exporters.tune.recipe import Recipe, exits_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from skipstone.exporters.tune.data import PackageShare
-    from skipstone.exporters.tune.evaluate import ExitReport
-    from skipstone.exporters.tune.recipe import Recipe
+    from skipstone.exporters.tune.evaluate import ExitFigures, ExitReport
 
 
 @dataclass(frozen=True)
@@ -45,52 +44,89 @@ class RunFacts:
     rotation: tuple[tuple[int, ...], ...]
 
 
-def model_card(facts: RunFacts, recipe: Recipe, shares: Iterable[PackageShare], report: ExitReport) -> str:
+@dataclass(frozen=True)
+class Description:
+    """What a task's card says that others' do not.
+
+    Attributes:
+        pipeline: Hugging Face's name for what the model does.
+        what: what the model is, up to its number of parameters and layers: "A decoder of {} and {}".
+        exiting: how it exits.
+        sections: sections between the exits and the making of it.
+        data: what was made of the sources.
+        limits: what it is not good for.
+    """
+
+    pipeline: str
+    what: str
+    exiting: str
+    sections: tuple[str, ...]
+    data: str
+    limits: str
+
+
+def model_card(
+    facts: RunFacts,
+    recipe: Recipe,
+    shares: Iterable[PackageShare],
+    report: ExitReport,
+    description: Description,
+) -> str:
     """The card's text in Markdown, figures taken from the report and the run."""
     sections = (
-        _header(facts),
+        _header(facts, description),
         _exits(facts, report),
+        *description.sections,
         _making(facts, recipe),
-        _data(recipe, list(shares)),
-        _limits(),
+        _data(recipe, list(shares), description.data),
+        f"## Limits\n\n{description.limits}",
     )
     return "\n\n".join(sections) + "\n"
 
 
-def _header(facts: RunFacts) -> str:
+def _header(facts: RunFacts, description: Description) -> str:
     start = f"continued from `{facts.origin}`" if facts.origin else "trained from scratch"
+    what = description.what.format(f"{facts.parameters / 1e6:.1f} M parameters", f"{facts.layers} layers")
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {description.pipeline}
 tags: [early-exit, layerskip, self-speculative-decoding]
 ---
 
 # {facts.name}
 
-A decoder of {facts.parameters / 1e6:.1f} M parameters and {facts.layers} layers, {start} with the
+{what}, {start} with the
 LayerSkip recipe: layer dropout and an early-exit loss ([paper](https://arxiv.org/abs/2404.16710)), its exits
-distilled from its own last layer. It exits through the one final norm and LM head it has, so an early exit
-can draft tokens that the whole model then verifies. The folder is an ordinary Hugging Face checkpoint."""
+distilled from its own last layer. {description.exiting} The folder is an ordinary Hugging Face checkpoint."""
 
 
 def _exits(facts: RunFacts, report: ExitReport) -> str:
-    rows = [
+    header = ("exit", "loss (nats/token)", "agreement", "next-token accuracy")
+    parts = [
+        f"""## Exits on held-out text
+
+{report.tokens:,} tokens of files that were not trained on. Agreement: how often an exit's most likely token
+is the last layer's. Exits with a star had a loss of their own. The same figures are in `exit_report.json`.""",
+        table(header, _rows(report.exits)),
+    ]
+    if report.encoder_exits:
+        parts += [
+            "The whole decoder behind an encoder that stops at an exit; those with a star were trained so:",
+            table(("encoder " + header[0], *header[1:]), _rows(report.encoder_exits)),
+        ]
+    return "\n\n".join([*parts, "![loss and agreement by exit](exit_report.png)"])
+
+
+def _rows(exits: Iterable[ExitFigures]) -> list[tuple[str, ...]]:
+    return [
         (
             f"{figures.exit}{' *' if figures.trained else ''}",
             f"{figures.loss:.3f}",
             f"{figures.agreement:.3f}",
             f"{figures.accuracy:.3f}",
         )
-        for figures in report.exits
+        for figures in exits
     ]
-    return f"""## Exits on held-out text
-
-{report.tokens:,} tokens of files that were not trained on. Agreement: how often an exit's most likely token
-is the last layer's. Exits with a star had a loss of their own. The same figures are in `exit_report.json`.
-
-{_table(("exit", "loss (nats/token)", "agreement", "next-token accuracy"), rows)}
-
-![loss and agreement by exit](exit_report.png)"""
 
 
 def _making(facts: RunFacts, recipe: Recipe) -> str:
@@ -113,7 +149,7 @@ The recipe:
 ```"""
 
 
-def _data(recipe: Recipe, shares: Sequence[PackageShare]) -> str:
+def _data(recipe: Recipe, shares: Sequence[PackageShare], use: str) -> str:
     total = sum(share.bytes for share in shares)
     rows = [
         (
@@ -129,28 +165,23 @@ def _data(recipe: Recipe, shares: Sequence[PackageShare]) -> str:
     ]
     return f"""## Data
 
-A file is held out when the SHA-256 of its content is divisible by {recipe.corpus.held_out_modulus}; all
+{use} A file is held out when the SHA-256 of its content is divisible by {recipe.corpus.held_out_modulus}; all
 figures above come from those. Tests, vendored copies, tables and exact duplicates are left out. Versions and
 licences are those that the packages' metadata state.
 
-{_table(("source", "version", "licence", "files", "held out", "MB", "share"), rows)}"""
-
-
-def _limits() -> str:
-    return """## Limits
-
-Small and trained briefly: good for trying and measuring early exits and speculative decoding, not for
-writing code that anyone relies on. It knows the style of its sources and little else, and may repeat passages
-of them, to which their licences apply. The split is by exact content: a held-out file may have near relatives
-in the training part. It was not aligned, filtered or tested for safety."""
+{table(("source", "version", "licence", "files", "held out", "MB", "share"), rows)}"""
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML that reads back to the same recipe."""
-    lines: list[str] = []
-    for table, fields in asdict(recipe).items():
-        lines += ["", f"[{table}]"] if lines else [f"[{table}]"]
-        lines += [f"{key} = {_toml_value(value)}" for key, value in fields.items()]
+    """The recipe as TOML that reads back to the same recipe, if it says nothing that its task does not use."""
+    parts = asdict(recipe)
+    task = parts.pop("task")
+    unused = () if task == "seq2seq" else ("seq2seq", "noise")
+    lines = [] if task == Recipe().task else [f'task = "{task}"']
+    for name, fields in parts.items():
+        if name not in unused:
+            lines += ["", f"[{name}]"] if lines else [f"[{name}]"]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in fields.items()]
     text = "\n".join(lines)
     tomllib.loads(text)
     return text
@@ -166,6 +197,7 @@ def _toml_value(value: object) -> str:
     return repr(value)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -45,10 +45,15 @@ class ExitFigures:
 
 @dataclass(frozen=True)
 class ExitReport:
-    """Figures of every exit, in rising order, over the same `tokens` predicted held-out tokens."""
+    """Figures of every exit, in rising order, over the same `tokens` predicted held-out tokens.
+
+    An encoder-decoder's `exits` are its decoder's, behind the whole encoder; `encoder_exits` are its encoder's, before
+    the whole decoder.
+    """
 
     tokens: int
     exits: tuple[ExitFigures, ...]
+    encoder_exits: tuple[ExitFigures, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -58,7 +63,19 @@ class ExitReport:
     def read(cls, path: Path) -> ExitReport:
         """Read what `save` wrote."""
         content = json.loads(path.read_text(encoding="utf-8"))
-        return cls(content["tokens"], tuple(ExitFigures(**figures) for figures in content["exits"]))
+        exits, encoder_exits = (
+            tuple(ExitFigures(**figures) for figures in content.get(part, ()))
+            for part in ("exits", "encoder_exits")
+        )
+        return cls(content["tokens"], exits, encoder_exits)
+
+
+def exit_figures(totals: Tensor, counted: int, trained: tuple[int, ...]) -> tuple[ExitFigures, ...]:
+    """Figures from sums of loss, agreement and accuracy, [exits, 3], over `counted` tokens."""
+    return tuple(
+        ExitFigures(index + 1, loss, agreement, accuracy, trained=index + 1 in trained)
+        for index, (loss, agreement, accuracy) in enumerate((totals / counted).tolist())
+    )
 
 
 def evaluate_exits(
@@ -74,7 +91,7 @@ def evaluate_exits(
 
     Layer dropout is off meanwhile. Raises SkipstoneError when the text is shorter than one window.
     """
-    layers = len(net.decoder.model.layers)
+    layers = len(net.model.model.layers)
     totals = torch.zeros(layers, 3, dtype=torch.float64)
     counted = 0
     was_training = net.training
@@ -84,20 +101,7 @@ def evaluate_exits(
             totals += _batch_totals(net, batch.to(next(net.parameters()).device), layers)
             counted += batch.shape[0] * length
     net.train(was_training)
-    means = (totals / counted).tolist()
-    return ExitReport(
-        tokens=counted,
-        exits=tuple(
-            ExitFigures(
-                exit=index + 1,
-                loss=loss,
-                agreement=agreement,
-                accuracy=accuracy,
-                trained=index + 1 in trained,
-            )
-            for index, (loss, agreement, accuracy) in enumerate(means)
-        ),
-    )
+    return ExitReport(counted, exit_figures(totals, counted, trained))
 
 
 def plot_exits(report: ExitReport, path: Path) -> None:
@@ -107,28 +111,29 @@ def plot_exits(report: ExitReport, path: Path) -> None:
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    layers = [figures.exit for figures in report.exits]
-    chosen = [figures for figures in report.exits if figures.trained]
+    stacks = {"decoder": report.exits, "encoder": report.encoder_exits}
     for axes, name, label in zip(
         figure.subplots(1, 2),
         ("loss", "agreement"),
         ("loss, nats per token", "agreement with the last layer"),
         strict=True,
     ):
-        axes.plot(
-            layers, [getattr(figures, name) for figures in report.exits], color="tab:blue", linewidth=1.5
-        )
-        axes.plot(
-            [figures.exit for figures in chosen],
-            [getattr(figures, name) for figures in chosen],
-            "o",
-            color="tab:orange",
-            label="exit trained",
-        )
+        for (stack, exits), colour in zip(stacks.items(), ("tab:blue", "tab:green"), strict=True):
+            chosen = [figures for figures in exits if figures.trained]
+            stated = f"{stack}: exit trained" if report.encoder_exits else "exit trained"
+            axes.plot([f.exit for f in exits], [getattr(f, name) for f in exits], color=colour, linewidth=1.5)
+            if chosen:
+                axes.plot(
+                    [f.exit for f in chosen],
+                    [getattr(f, name) for f in chosen],
+                    "o",
+                    color=colour,
+                    label=stated,
+                )
+                axes.legend()
+        layers = range(1, 1 + max(len(exits) for exits in stacks.values()))
         axes.set(xlabel="exit (layers run)", ylabel=label, xticks=layers)
         axes.grid(alpha=0.3)
-        if chosen:
-            axes.legend()
     figure.suptitle(f"Exits on {report.tokens:,} held-out tokens")
     figure.savefig(path, dpi=120)
 
@@ -150,7 +155,7 @@ def _batches(
 
 def _batch_totals(net: LayerSkipNet, batch: Tensor, layers: int) -> Tensor:
     """Sums over a batch of loss, agreement and accuracy for each exit: float64 [layers, 3]."""
-    decoder: Any = net.decoder
+    decoder: Any = net.model
     states = net.hidden_states(batch[:, :-1], exits=tuple(range(1, layers)))
     targets = batch[:, 1:]
     last = decoder.lm_head(decoder.model.norm(states[-1])).float().argmax(-1)

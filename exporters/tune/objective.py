@@ -38,12 +38,12 @@ class LayerSkipNet(nn.Module):
     ) -> None:
         super().__init__()
         check_decoder(model)
-        self.decoder = model
+        self.model = model
         self.rates = rates
         # One graph serves all layers and one the heads of all exits: their weights are inputs of the graph.
         self._layer = torch.compile(_run_layer, dynamic=False) if compile_parts else _run_layer
-        self._final_loss = torch.compile(_final_loss, dynamic=False) if compile_parts else _final_loss
-        self._exit_loss = torch.compile(_exit_loss, dynamic=False) if compile_parts else _exit_loss
+        self._final_loss = torch.compile(final_loss, dynamic=False) if compile_parts else final_loss
+        self._exit_loss = torch.compile(exit_loss, dynamic=False) if compile_parts else exit_loss
 
     def forward(self, input_ids: Tensor, exits: tuple[int, ...] = (), distil: float = 0.0) -> ExitLosses:
         """Losses for next-token prediction on `input_ids`, int64 [batch, length].
@@ -52,7 +52,7 @@ class LayerSkipNet(nn.Module):
         """
         inputs, targets = input_ids[:, :-1], input_ids[:, 1:].reshape(-1)
         states = self.hidden_states(inputs, exits)
-        norm, head = self.decoder.model.norm, self.decoder.lm_head
+        norm, head = self.model.model.norm, self.model.lm_head
         final, teacher = self._final_loss(norm, head, states[-1], targets)
         share = torch.tensor(distil, dtype=torch.float32, device=teacher.device)
         exit_losses = [self._exit_loss(norm, head, state, targets, teacher, share) for state in states[:-1]]
@@ -63,7 +63,7 @@ class LayerSkipNet(nn.Module):
         """Hidden states [batch, length, width] after each of `exits` layers, in rising order, then after the
         last.
         """
-        body = self.decoder.model
+        body = self.model.model
         hidden = body.embed_tokens(inputs)
         positions = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
         rotary = body.rotary_emb(hidden, positions)
@@ -103,30 +103,43 @@ def _run_layer(
     return output if kept is None else torch.where(kept, output, hidden)
 
 
-def _logits(norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits in float32 [batch * length, vocabulary] through the shared final norm and LM head."""
-    return cast(Tensor, head(norm(hidden))).float().flatten(0, 1)
+def final_loss(
+    norm: nn.Module, head: nn.Module, hidden: Tensor, targets: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the last layer, and its distribution, detached, to distil the exits from.
 
-
-def _final_loss(norm: nn.Module, head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the last layer, and its distribution, detached, to distil the exits from."""
-    logits = _logits(norm, head, hidden)
+    `targets` is int64 [batch * length], negative where there is none; `scale` is that of the head's inputs.
+    """
+    logits = _logits(norm, head, hidden, scale)
     teacher = functional.softmax(logits.detach(), dim=-1).to(hidden.dtype)
     return functional.cross_entropy(logits, targets), teacher
 
 
-def _exit_loss(
-    norm: nn.Module, head: nn.Module, hidden: Tensor, targets: Tensor, teacher: Tensor, share: Tensor
+def exit_loss(
+    norm: nn.Module,
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    teacher: Tensor,
+    share: Tensor,
+    scale: float = 1.0,
 ) -> Tensor:
     """(1 - share) * cross-entropy on the data + share * cross-entropy to the teacher's distribution.
 
     The latter is KL(teacher || exit) plus the teacher's entropy, which has no gradient. With q the mixed
-    target, both together are logsumexp(z) - Σ q z.
+    target, both together are logsumexp(z) - Σ q z. Positions with a negative target do not count.
     """
-    logits = _logits(norm, head, hidden)
-    data = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+    logits = _logits(norm, head, hidden, scale)
+    counted = targets >= 0
+    data = logits.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
     soft = (teacher * logits).sum(-1)
-    return (torch.logsumexp(logits, dim=-1) - (1 - share) * data - share * soft).mean()
+    losses = torch.logsumexp(logits, dim=-1) - (1 - share) * data - share * soft
+    return torch.where(counted, losses, 0.0).sum() / counted.sum()
+
+
+def _logits(norm: nn.Module, head: nn.Module, hidden: Tensor, scale: float) -> Tensor:
+    """Logits in float32 [batch * length, vocabulary] through the shared final norm and LM head."""
+    return cast(Tensor, head(norm(hidden) * scale)).float().flatten(0, 1)
 
 
 def scale_residual_projections(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from skipstone.exporters.tune.recipe import Training
+
+_IN_LAYERS = re.compile(r"\.(layers|block)\.")  # decoders as Llama has them, T5
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -71,14 +74,19 @@ class MasterWeights(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, training: Training) -> MasterWeights:
-    """AdamW on everything, or Muon on the decoder layers' matrices and AdamW on the rest.
+    """AdamW on everything, or Muon on the layers' matrices and AdamW on the rest.
 
     Weight decay goes to matrices and not to norms and biases. Muon is scaled to AdamW's update size
     (Moonshot, arXiv 2502.16982 §2.2), so both take learning rates of the same order.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     use_muon = training.matrix_learning_rate > 0
-    hidden = [p for name, p in named if use_muon and p.ndim == 2 and ".layers." in name]
+    in_layers = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and _IN_LAYERS.search(name)
+    }
+    hidden = [p for _, p in named if use_muon and id(p) in in_layers]
     taken = {id(p) for p in hidden}
     matrices = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
     vectors = [p for _, p in named if p.ndim < 2]

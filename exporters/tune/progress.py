@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from skipstone.exporters.tune.task import Task
     from skipstone.exporters.tune.trainer import LayerSkipTrainer
 
 
@@ -72,11 +73,10 @@ class ShowProgress(TrainerCallback):
         """Since the last line, over all processes."""
         step, minutes = self._last
         self._last = (state.global_step, self._trainer.clock.minutes)
-        tokens = (state.global_step - step) * tokens_per_step(self._trainer)
+        tokens = (state.global_step - step) * tokens_per_step(self._trainer.task, args.world_size)
         return tokens / max(1e-9, 60 * (self._last[1] - minutes))
 
 
-def tokens_per_step(trainer: LayerSkipTrainer) -> int:
-    """Predicted tokens in one optimizer step over all processes."""
-    sequences = int(trainer.args.train_batch_size) * int(trainer.args.world_size)
-    return trainer.recipe.training.sequence_length * sequences
+def tokens_per_step(task: Task, processes: int) -> float:
+    """Predicted tokens in one optimizer step over all processes, on average."""
+    return task.tokens_per_step * processes

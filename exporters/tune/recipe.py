@@ -4,7 +4,8 @@
     >>> recipe = load_recipe("layerskip")  # the defaults, exits chosen from the model's depth
 
 A recipe is a TOML file with the tables `[corpus]`, `[layerskip]` and `[training]`, each key being a field of
-the data class of that name. Unknown keys and values out of range are refused.
+the data class of that name. `task = "seq2seq"` above them makes it one for encoder-decoders, which has the tables
+`[seq2seq]` and `[noise]` too. Unknown keys and values out of range are refused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -20,6 +21,7 @@ from skipstone.errors import SkipstoneError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0.0)]
 
 BUILT_IN = "layerskip"
 
@@ -88,13 +90,62 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A whole tuning recipe; see the data classes of its parts."""
+class Seq2Seq:
+    """What an encoder-decoder learns beside its decoder's exits: its encoder's.
+
+    With probability `encoder_share` a sequence's encoder stops at one of `encoder_exits` (a number of layers run),
+    goes through the encoder's final norm there, and the decoder attends to that. The share grows as the weight of
+    the decoder's exits does.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
+    encoder_exits: tuple[Positive, ...] = ()
+    encoder_share: Fraction = 0.25
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How clean sentences are made wrong: how often, and the weights of the kinds of slips.
+
+    A sentence stays clean with probability `clean`; else its share of wrong words is exponentially distributed with
+    mean `rate`, at most `max_rate`, and at least one word is wrong if any can be. All other fields are weights: a
+    word gets a slip of one of the kinds that apply to it, in proportion; 0 turns a kind off.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    clean: Fraction = 0.15
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.12
+    max_rate: Fraction = 0.6
+    neighbour: Weight = 1.0
+    insert: Weight = 0.6
+    swap: Weight = 1.0
+    drop: Weight = 1.2
+    double: Weight = 0.6
+    vowel: Weight = 0.8
+    misspelling: Weight = 1.0
+    join: Weight = 0.5
+    split: Weight = 0.5
+    repeat: Weight = 0.2
+    case: Weight = 0.5
+    agreement: Weight = 6.0
+    number: Weight = 0.6
+    article: Weight = 6.0
+    confusion: Weight = 6.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole tuning recipe; see the data classes of its parts. `seq2seq` and `noise` are for that task alone."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    task: Literal["decoder", "seq2seq"] = "decoder"
     corpus: Corpus = field(default_factory=Corpus)
     layerskip: LayerSkip = field(default_factory=LayerSkip)
+    seq2seq: Seq2Seq = field(default_factory=Seq2Seq)
+    noise: Noise = field(default_factory=Noise)
     training: Training = field(default_factory=Training)
 
 

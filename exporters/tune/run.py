@@ -21,26 +21,26 @@ from rich.console import Console
 
 from skipstone.errors import SkipstoneError, UsageError
 from skipstone.exporters.checkpoint import quiet_loading
-from skipstone.exporters.draft_table import write_draft_material
-from skipstone.exporters.tune import attention, data
+from skipstone.exporters.tune import data, decoder_task, seq2seq_task
 from skipstone.exporters.tune.card import RunFacts, model_card
-from skipstone.exporters.tune.evaluate import ExitReport, evaluate_exits, plot_exits
-from skipstone.exporters.tune.models import fresh_model, load_model
-from skipstone.exporters.tune.objective import LayerSkipNet
+from skipstone.exporters.tune.evaluate import ExitReport, plot_exits
+from skipstone.exporters.tune.models import decoder_layers, fresh_model, load_model
 from skipstone.exporters.tune.progress import ShowProgress, tokens_per_step
 from skipstone.exporters.tune.recipe import BUILT_IN, Recipe, exits_of, load_recipe, rotation_for
-from skipstone.exporters.tune.schedule import Clock, dropout_rates
+from skipstone.exporters.tune.schedule import Clock
+from skipstone.exporters.tune.task import Ingredients
 from skipstone.exporters.tune.trainer import (
     LayerSkipTrainer,
     RunControl,
-    Windows,
     last_checkpoint,
     save_checkpoint,
     training_arguments,
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+    from transformers import TrainingArguments
+
+    from skipstone.exporters.tune.task import Evaluation, Task
 
 RECIPE_FILE = "recipe.json"
 
@@ -108,9 +108,7 @@ class _Ready:
 
     recipe: Recipe
     rotation: tuple[tuple[int, ...], ...]
-    tokenizer: PreTrainedTokenizerFast
-    corpus: data.TokenisedCorpus
-    net: LayerSkipNet
+    task: Task
 
 
 def tune(options: TuneOptions, console: Console | None = None) -> ExitReport:
@@ -130,19 +128,13 @@ def tune(options: TuneOptions, console: Console | None = None) -> ExitReport:
         ready = _prepare(options, recipe, console)
     with quiet_loading():
         trainer = _train(options, ready, arguments, console)
-    report = evaluate_exits(
-        ready.net,
-        ready.corpus.held_out,
-        length=recipe.training.sequence_length,
-        max_windows=options.evaluate_windows,
-        trained=exits_of(ready.rotation),
-    )
+    evaluation = ready.task.evaluate(exits_of(ready.rotation), options.evaluate_windows)
     if arguments.process_index == 0:
-        _finish(options, ready, trainer, report)
+        _finish(options, ready, trainer, evaluation)
         console.print(
             f"wrote {options.output} (checkpoints are in {options.work}; delete it when you are done)"
         )
-    return report
+    return evaluation.exits
 
 
 def check_options(options: TuneOptions) -> None:
@@ -208,60 +200,30 @@ def _prepare(options: TuneOptions, recipe: Recipe, console: Console) -> _Ready:
 
     set_seed(recipe.training.seed)
     dtype = getattr(torch, options.dtype)
+    tokenizer = None
     if options.from_config is not None:
-        model = fresh_model(options.from_config, dtype)
-        tokenizer = None
+        model = fresh_model(options.from_config, dtype, recipe.task)
     else:
-        model, tokenizer = load_model(str(options.checkpoint), dtype)
-    rotation = rotation_for(recipe.layerskip, model.config.num_hidden_layers)
-    tokenizer, corpus = _corpus(options, recipe, model, tokenizer, console)
-    if options.cpu or not torch.accelerator.is_available():
-        attention.use_for_training(model)
-    rates = dropout_rates(recipe.layerskip.max_dropout, model.config.num_hidden_layers)
-    net = LayerSkipNet(model, rates, compile_parts=options.compile)
-    return _Ready(recipe, rotation, tokenizer, corpus, net)
+        model, tokenizer = load_model(str(options.checkpoint), dtype, recipe.task)
+    rotation = rotation_for(recipe.layerskip, decoder_layers(model))
+    ingredients = Ingredients(
+        recipe=recipe,
+        model=model,
+        tokenizer=tokenizer,
+        folder=options.work / "corpus",
+        sources=lambda: _sources(options, recipe, console),
+        compile_parts=options.compile and recipe.training.compile,
+        cpu=options.cpu or not torch.accelerator.is_available(),
+    )
+    prepare = seq2seq_task.prepare if recipe.task == "seq2seq" else decoder_task.prepare
+    return _Ready(recipe, rotation, prepare(ingredients))
 
 
-def _corpus(
-    options: TuneOptions,
-    recipe: Recipe,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast | None,
-    console: Console,
-) -> tuple[PreTrainedTokenizerFast, data.TokenisedCorpus]:
-    """The run's tokenizer and token arrays, from its folder where they are there already."""
-    from transformers import PreTrainedTokenizerFast
-
-    folder = options.work / "corpus"
-    if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder), data.load(folder)
-    console.print("reading and tokenising the corpus")
+def _sources(options: TuneOptions, recipe: Recipe, console: Console) -> list[data.Source]:
+    console.print("reading the corpus")
     if options.data:
-        sources = data.read_texts(options.data, recipe.corpus.held_out_modulus)
-    else:
-        sources = data.collect(recipe.corpus)
-    if tokenizer is None:
-        texts = (source.text for source in sources if not source.held_out)
-        tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=data.train_tokenizer(texts, model.config.vocab_size),
-            bos_token=data.END_OF_TEXT,
-            eos_token=data.END_OF_TEXT,
-            pad_token=data.PAD,
-            model_max_length=model.config.max_position_embeddings,
-        )
-    corpus = data.tokenise(sources, tokenizer.backend_tokenizer, _document_start(tokenizer))
-    data.save(corpus, folder)
-    tokenizer.save_pretrained(folder)
-    return tokenizer, data.load(folder)
-
-
-def _document_start(tokenizer: PreTrainedTokenizerFast) -> int:
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise SkipstoneError(
-            "the tokenizer has neither a bos nor an eos token", hint="add one to its configuration"
-        )
-    return int(start)
+        return data.read_texts(options.data, recipe.corpus.held_out_modulus)
+    return data.collect(recipe.corpus)
 
 
 def _train(
@@ -274,15 +236,7 @@ def _train(
     last = last_checkpoint(options.work)
     if last is not None:
         clock.resume(last)
-    trainer = LayerSkipTrainer(
-        ready.net,
-        ready.recipe,
-        ready.rotation,
-        clock,
-        Windows(ready.corpus.train, ready.recipe.training.sequence_length),
-        arguments,
-        ready.tokenizer,
-    )
+    trainer = LayerSkipTrainer(ready.task, ready.recipe, ready.rotation, clock, arguments)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RunControl(trainer, options.save_minutes))
     trainer.add_callback(ShowProgress(trainer, console))
@@ -290,19 +244,20 @@ def _train(
     return trainer
 
 
-def _finish(options: TuneOptions, ready: _Ready, trainer: LayerSkipTrainer, report: ExitReport) -> None:
+def _finish(options: TuneOptions, ready: _Ready, trainer: LayerSkipTrainer, evaluation: Evaluation) -> None:
     """Write the finished folder beside its place and move it there."""
-    decoder: Any = ready.net.decoder
+    task = ready.task
+    model: Any = task.net.model
     steps = trainer.state.global_step
     facts = RunFacts(
         name=options.output.name,
         origin=options.checkpoint or "",
         command=options.command(),
-        parameters=sum(parameter.numel() for parameter in decoder.parameters()),
-        layers=decoder.config.num_hidden_layers,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=task.num_layers,
         steps=steps,
-        tokens=steps * tokens_per_step(trainer),
-        corpus_tokens=len(ready.corpus.train),
+        tokens=round(steps * tokens_per_step(task, trainer.args.world_size)),
+        corpus_tokens=task.corpus_tokens,
         minutes=trainer.clock.minutes,
         rotation=ready.rotation,
     )
@@ -310,11 +265,12 @@ def _finish(options: TuneOptions, ready: _Ready, trainer: LayerSkipTrainer, repo
     shutil.rmtree(new, ignore_errors=True)
     try:
         with quiet_loading():
-            save_checkpoint(decoder, ready.tokenizer, new)
-        write_draft_material(ready.corpus.train, decoder.config.vocab_size, decoder.config.eos_token_id, new)
+            save_checkpoint(model, task.tokenizer, new)
+        task.write_beside(evaluation, new)
+        report = evaluation.exits
         report.save(new / "exit_report.json")
         plot_exits(report, new / "exit_report.png")
-        card = model_card(facts, ready.recipe, ready.corpus.shares, report)
+        card = model_card(facts, ready.recipe, task.shares, report, task.describe(evaluation))
         (new / "README.md").write_text(card, encoding="utf-8")
         if options.output.exists():
             shutil.rmtree(options.output)

@@ -14,6 +14,8 @@ from pathlib import Path
 from skipstone.exporters.tune.recipe import LayerSkip, Training
 
 CLOCK_FILE = "clock.json"
+_LONGEST_STEP = 60.0  # seconds; a longer one that is also far above the mean is a pause of the process
+_FAR_ABOVE = 20.0
 
 
 def dropout_rates(max_dropout: float, num_layers: int) -> tuple[float, ...]:
@@ -55,7 +57,8 @@ def learning_rate_factor(training: Training, step: int, progress: float) -> floa
 class Clock:
     """How far a run limited by time, by steps, or by both has come; the furthest limit counts.
 
-    Time is that spent training: it is saved with each checkpoint (`save`) and taken up again (`resume`).
+    Time is that spent training: it is saved with each checkpoint (`save`) and taken up again (`resume`), and a step
+    during which the process was stopped counts as a mean one.
     """
 
     def __init__(
@@ -66,15 +69,28 @@ class Clock:
         self._now = now
         self._before = 0.0
         self._started: float | None = None
+        self._paused = 0.0
+        self._steps = 0
+        self._stepped = 0.0
 
     def start(self) -> None:
         """Begin to count; time before this call, such as compiling or tokenising, is free."""
-        self._started = self._now()
+        self._started = self._stepped = self._now()
+
+    def step(self) -> None:
+        """A step has ended; the time since the one before does not count where the process was stopped meanwhile."""
+        now = self._now()
+        took, self._stepped = now - self._stepped, now
+        if self._steps and self._started is not None:
+            mean = (now - took - self._started - self._paused) / self._steps
+            if took > max(_LONGEST_STEP, _FAR_ABOVE * mean):
+                self._paused += took - mean
+        self._steps += 1
 
     @property
     def minutes(self) -> float:
         """Minutes spent training, earlier runs of the same training included."""
-        running = 0.0 if self._started is None else (self._now() - self._started) / 60
+        running = 0.0 if self._started is None else (self._now() - self._started - self._paused) / 60
         return self._before + running
 
     def progress(self, step: int) -> float:

@@ -13,7 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._inductor.exc import InductorError
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from skipstone.errors import SkipstoneError
 from skipstone.exporters.tune.optimizer import build_optimizer
@@ -22,8 +28,9 @@ from skipstone.exporters.tune.schedule import Clock, exit_turn, learning_rate_fa
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
 
-    from skipstone.exporters.tune.objective import ExitLosses, LayerSkipNet
+    from skipstone.exporters.tune.objective import ExitLosses
     from skipstone.exporters.tune.recipe import Recipe
+    from skipstone.exporters.tune.task import Task
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -45,22 +52,24 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class LayerSkipTrainer(Trainer):
-    """Trainer with the recipe's loss, optimizer and schedule, saving plain checkpoint folders of the
-    decoder.
-    """
+    """Trainer with the recipe's loss, optimizer and schedule, saving plain checkpoint folders of the model."""
 
     def __init__(
         self,
-        net: LayerSkipNet,
+        task: Task,
         recipe: Recipe,
         rotation: tuple[tuple[int, ...], ...],
         clock: Clock,
-        train: Windows,
         arguments: TrainingArguments,
-        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        super().__init__(model=net, args=arguments, train_dataset=train, processing_class=tokenizer)
-        self.net = net
+        super().__init__(
+            model=task.net,
+            args=arguments,
+            train_dataset=task.train,
+            processing_class=task.tokenizer,
+            data_collator=_only if task.batches else default_data_collator,
+        )
+        self.task = task
         self.recipe = recipe
         self.rotation = rotation
         self.clock = clock
@@ -96,7 +105,7 @@ class LayerSkipTrainer(Trainer):
     ) -> Tensor:
         """The last layer's loss plus the weighted mean of this step's exits."""
         turn = exit_turn(self.recipe.layerskip, self.rotation, self.state.global_step, self.progress)
-        losses = cast("ExitLosses", model(inputs["input_ids"], exits=turn.exits, distil=turn.distil))
+        losses = cast("ExitLosses", model(**inputs, exits=turn.exits, distil=turn.distil))
         exits = losses.exits / len(turn.exits)
         self._sums += torch.stack((losses.final.detach(), exits.detach(), torch.ones(()))).cpu()
         return losses.final + turn.weight * exits
@@ -104,7 +113,7 @@ class LayerSkipTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or Muon and AdamW, over a float32 master copy of the weights."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.net, self.recipe.training)
+            self.optimizer = build_optimizer(self.task.net, self.recipe.training)
         return self.optimizer
 
     def create_scheduler(
@@ -129,18 +138,18 @@ class LayerSkipTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the decoder and the tokenizer as an ordinary Hugging Face folder."""
+        """Save the model and the tokenizer as an ordinary Hugging Face folder."""
         folder = Path(output_dir or cast(str, self.args.output_dir))
         if self.args.should_save:
-            save_checkpoint(self.net.decoder, self.processing_class, folder)
+            save_checkpoint(self.task.net.model, self.task.tokenizer, folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        """Load the decoder's weights from a folder that `_save` wrote."""
-        decoder = self.net.decoder
-        saved = type(decoder).from_pretrained(resume_from_checkpoint, dtype=decoder.dtype)
-        decoder.load_state_dict(saved.state_dict())
+        """Load the model's weights from a folder that `_save` wrote."""
+        own = self.task.net.model
+        saved = type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype)
+        own.load_state_dict(saved.state_dict())
 
 
 class RunControl(TrainerCallback):
@@ -163,6 +172,7 @@ class RunControl(TrainerCallback):
     ) -> None:
         """Bring the progress up to date; ask for a checkpoint or for the end when it is time."""
         clock = self._trainer.clock
+        clock.step()
         minutes, progress = _shared(clock.minutes, clock.progress(state.global_step), args.device)
         self._trainer.progress = progress
         if progress >= 1.0:
@@ -179,10 +189,10 @@ class RunControl(TrainerCallback):
             self._trainer.clock.save(Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
-def save_checkpoint(decoder: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write decoder and tokenizer to `folder` in the Hugging Face layout."""
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model and tokenizer to `folder` in the Hugging Face layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    decoder.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -191,10 +201,11 @@ def training_arguments(
 ) -> TrainingArguments:
     """Trainer's arguments for a recipe. Without `max_steps` the run is ended by the clock alone."""
     training = recipe.training
+    batches = recipe.task == "seq2seq"  # an example is a whole batch
     return TrainingArguments(
         output_dir=str(output),
         max_steps=max_steps or 1_000_000_000,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=1 if batches else training.batch_size,
         dataloader_drop_last=True,
         learning_rate=training.learning_rate,
         max_grad_norm=training.max_grad_norm,
@@ -216,6 +227,12 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint below `output`, or None."""
     found = [path.parent for path in output.glob("checkpoint-*/clock.json")]
     return max(found, key=lambda path: int(path.name.rsplit("-", 1)[-1]), default=None)
+
+
+def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The collator of examples that are whole batches."""
+    (batch,) = items
+    return batch
 
 
 def _shared(minutes: float, progress: float, device: torch.device) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A tiny Llama and a small text for the tests of tuning."""
+"""A tiny Llama, a tiny T5 and small texts for the tests of tuning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 LAYERS = 4
 
@@ -27,6 +27,21 @@ TINY = {
 }
 
 
+TINY_T5 = {
+    "vocab_size": 300,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 4,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+
 @pytest.fixture
 def tiny_model() -> LlamaForCausalLM:
     """A random float32 Llama of 4 layers whose weights are large enough for the exits to differ."""
@@ -43,6 +58,24 @@ def tiny_model() -> LlamaForCausalLM:
 def tokens() -> torch.Tensor:
     """Random token ids, int64 [3, 40]."""
     return torch.randint(0, TINY["vocab_size"], (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tiny_t5() -> T5ForConditionalGeneration:
+    """A random float32 T5 of 4 encoder and 3 decoder layers whose exits differ."""
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(T5Config(**TINY_T5)).eval()
+
+
+@pytest.fixture
+def pair_batch() -> dict[str, torch.Tensor]:
+    """Three pairs of random ids, a source and a target of them shorter than the others."""
+    generator = torch.Generator().manual_seed(1)
+    sources = torch.randint(2, TINY_T5["vocab_size"], (3, 11), generator=generator)
+    labels = torch.randint(2, TINY_T5["vocab_size"], (3, 9), generator=generator)
+    mask = torch.ones_like(sources)
+    sources[1, 8:], mask[1, 8:], labels[2, 6:] = 0, 0, -100
+    return {"input_ids": sources, "attention_mask": mask, "labels": labels}
 
 
 @pytest.fixture

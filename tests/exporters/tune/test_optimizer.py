@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
 from skipstone.exporters.tune.optimizer import MasterWeights, build_optimizer
 from skipstone.exporters.tune.recipe import Training
@@ -78,6 +78,21 @@ def test_muon_takes_the_layers_matrices_and_nothing_else(tiny_model: LlamaForCau
     assert groups[0] == {name for name in names.values() if "_proj" in name}
     assert groups[1] == {"model.embed_tokens.weight"}
     assert groups[2] == {name for name in names.values() if "norm" in name}
+
+
+def test_muon_takes_the_matrices_of_both_stacks_and_not_their_biases_by_position(
+    tiny_t5: T5ForConditionalGeneration,
+) -> None:
+    optimizer = build_optimizer(tiny_t5, Training(matrix_learning_rate=2e-3))
+    names = {id(parameter): name for name, parameter in tiny_t5.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    endings = (".q.weight", ".k.weight", ".v.weight", ".o.weight", ".wi.weight", ".wo.weight")
+    assert groups[0] == {name for name in names.values() if name.endswith(endings)}
+    biases = {
+        f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        for stack in ("encoder", "decoder")
+    }
+    assert groups[1] == {"shared.weight", *biases}
 
 
 def test_without_a_matrix_learning_rate_adamw_takes_everything(tiny_model: LlamaForCausalLM) -> None:

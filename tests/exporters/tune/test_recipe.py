@@ -22,6 +22,21 @@ def test_the_built_in_recipe_needs_no_file() -> None:
     assert load_recipe("layerskip") == Recipe()
 
 
+def test_the_recipe_of_an_encoder_decoder_is_written_back_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(CODER.with_name("speller.toml"))
+    assert recipe.task == "seq2seq"
+    assert exits_of(recipe.layerskip.rotation) == (1, 2, 3)
+    copy = tmp_path / "copy.toml"
+    copy.write_text(to_toml(recipe))
+    assert load_recipe(copy) == recipe
+
+
+def test_a_decoders_recipe_says_nothing_of_the_other_task() -> None:
+    text = to_toml(load_recipe(CODER))
+    assert "noise" not in text
+    assert "seq2seq" not in text
+
+
 def test_the_shipped_recipe_reads_and_is_written_back_the_same(tmp_path: Path) -> None:
     recipe = load_recipe(CODER)
     assert exits_of(recipe.layerskip.rotation) == (2, 3, 4, 6, 8)
@@ -38,6 +53,10 @@ def test_the_shipped_recipe_reads_and_is_written_back_the_same(tmp_path: Path) -
         ("[training]\nbatch_size = 0", "training.batch_size"),
         ('[corpus]\npackages = "torch"', "corpus.packages"),
         ("[trainning]\nseed = 1", "trainning"),
+        ('task = "seq2sec"', "task"),
+        ("[noise]\nrate = 0.0", "noise.rate"),
+        ("[noise]\nswap = -1", "noise.swap"),
+        ("[seq2seq]\nencoder_exits = [0]", "seq2seq.encoder_exits"),
         ("[training\n", "not valid TOML"),
     ],
 )

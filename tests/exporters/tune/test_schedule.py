@@ -78,3 +78,23 @@ def test_a_resumed_clock_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     assert second.progress(0) == pytest.approx(0.3)
     seconds[0] += 60
     assert second.progress(0) == pytest.approx(0.4)
+
+
+def test_time_for_which_the_process_was_stopped_does_not_count() -> None:
+    seconds = [0.0]
+    clock = Clock(max_minutes=10, max_steps=None, now=lambda: seconds[0])
+    clock.start()
+    for took in (2.0, 2.0, 3600.0, 2.0):
+        seconds[0] += took
+        clock.step()
+    assert clock.minutes == pytest.approx(4 * 2 / 60)
+
+
+def test_steps_that_are_all_long_count() -> None:
+    seconds = [0.0]
+    clock = Clock(max_minutes=100, max_steps=None, now=lambda: seconds[0])
+    clock.start()
+    for took in (300.0, 200.0, 250.0):  # the first compiles
+        seconds[0] += took
+        clock.step()
+    assert clock.minutes == pytest.approx(750 / 60)
