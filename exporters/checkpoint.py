@@ -31,6 +31,7 @@ _Found = TypeVar("_Found")
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _WANTED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model")
+_ENCODER_DECODERS = ("T5ForConditionalGeneration",)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -55,6 +56,11 @@ class Checkpoint:
     def name(self) -> str:
         """Short name: the last part of the folder or hub name."""
         return self.path.name if Path(self.source).exists() else self.source.rsplit("/", 1)[-1]
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder reads a source for the decoder to attend to."""
+        return bool(self.config.is_encoder_decoder)
 
     @cached_property
     def tensor_files(self) -> dict[str, Path]:
@@ -103,7 +109,8 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     honoured).
 
     Raises:
-        CheckpointError: not found, not a checkpoint, or a task other than text generation.
+        CheckpointError: not found, not a checkpoint, a task other than text generation, or an encoder-decoder that is
+            no T5.
     """
     folder = _find_folder(os.fspath(source))
     if not (folder / "config.json").is_file():
@@ -152,15 +159,20 @@ def _find_folder(source: str) -> Path:
 
 
 def load_eager(folder: Path) -> Any:
-    """A checkpoint's causal language model in float32 with transformers' plain attention: what artefacts are held
-    against. Its weights take no gradients.
+    """A checkpoint's language model, a causal one or an encoder-decoder, in float32 with transformers' plain attention:
+    what artefacts are held against. Its weights take no gradients.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     kind: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model: Any
     with quiet_loading():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **kind)
+        if AutoConfig.from_pretrained(folder).is_encoder_decoder:
+            with quiet_libraries():  # which say at length that Flan-T5's head is its own
+                model = AutoModelForSeq2SeqLM.from_pretrained(folder, **kind)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, **kind)
     return model.eval().requires_grad_(False)
 
 
@@ -210,12 +222,13 @@ def _check_task(folder: Path, architecture: str) -> None:
         raise CheckpointError(
             f"{folder}/config.json: {architecture}: no task is known for it: {error}"
         ) from error
-    if task == "text2text-generation":
+    if task == "text2text-generation" and architecture not in _ENCODER_DECODERS:
         raise CheckpointError(
-            f"{folder}/config.json: {architecture} is an encoder-decoder, not yet supported by this exporter",
-            hint="pass a decoder-only checkpoint",
+            f"{folder}/config.json: {architecture} is an encoder-decoder; of these only "
+            f"{', '.join(_ENCODER_DECODERS)} is supported",
+            hint="pass a T5, Flan-T5 or CodeT5, or a decoder-only checkpoint",
         )
-    if task != "text-generation":
+    if task not in ("text-generation", "text2text-generation"):
         raise CheckpointError(
             f"{folder}/config.json: {architecture} does {task}, text-generation was expected",
             hint="pass a causal language model",

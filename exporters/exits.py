@@ -5,23 +5,26 @@ depth.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from skipstone.errors import CheckpointError, UsageError
 
 EXITS_FILE = "exits.json"
-CONFIG_KEY = "skipstone_exits"
+_KEY, _ENCODER_KEY = "exits", "encoder_exits"
+CONFIG_KEY, ENCODER_CONFIG_KEY = f"skipstone_{_KEY}", f"skipstone_{_ENCODER_KEY}"
 
 
-def check_exits(exits: Sequence[int], num_layers: int, period: int = 1) -> tuple[int, ...]:
-    """The exits in rising order.
+def check_exits(
+    exits: Sequence[int], num_layers: int, period: int = 1, option: str = "--exits"
+) -> tuple[int, ...]:
+    """The exits in rising order; `option` is what the user names them by.
 
     Raises:
         UsageError: out of 1 … num_layers - 1, twice the same, or not a multiple of `period`.
     """
-    flag = f"--exits {','.join(map(str, exits))}"
+    flag = f"{option} {','.join(map(str, exits))}"
     for exit_layer in exits:
         if not 0 < exit_layer < num_layers:
             raise UsageError(
@@ -45,21 +48,55 @@ def default_exits(num_layers: int, period: int = 1) -> tuple[int, ...]:
 
 
 def recorded_exits(folder: Path, config: Any) -> tuple[int, ...] | None:
-    """Exits recorded with a checkpoint: exits.json ({"exits": [2, 4]} or a list) or the configuration's key.
+    """Exits recorded with a checkpoint: exits.json ({"exits": [2, 4]} or a list) or the configuration's key; of an
+    encoder-decoder, the decoder's.
 
     Raises:
         CheckpointError: exits.json is something else.
     """
+    content = _exits_file(folder)
+    if content is None:
+        return _exits_in_config(config, CONFIG_KEY)
+    return _checked(folder, lambda: content[_KEY] if isinstance(content, dict) else content)
+
+
+def recorded_encoder_exits(folder: Path, config: Any) -> tuple[int, ...] | None:
+    """Exits of the encoder recorded with a checkpoint: exits.json ({"exits": …, "encoder_exits": [3]}) or the
+    configuration's key.
+
+    Raises:
+        CheckpointError: exits.json is something else.
+    """
+    content = _exits_file(folder)
+    if not isinstance(content, dict) or _ENCODER_KEY not in content:
+        return _exits_in_config(config, ENCODER_CONFIG_KEY)
+    return _checked(folder, lambda: content[_ENCODER_KEY])
+
+
+def _exits_in_config(config: Any, key: str) -> tuple[int, ...] | None:
+    found = getattr(config, key, None)
+    return None if found is None else tuple(int(exit_layer) for exit_layer in found)
+
+
+def _exits_file(folder: Path) -> Any:
+    """What exits.json holds, None where there is none."""
     file = folder / EXITS_FILE
     if not file.is_file():
-        found = getattr(config, CONFIG_KEY, None)
-        return None if found is None else tuple(int(exit_layer) for exit_layer in found)
+        return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return tuple(
-            int(exit_layer) for exit_layer in (content["exits"] if isinstance(content, dict) else content)
-        )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f'{file}: {{"exits": [2, 4]}} was expected: {error}', hint="correct or remove the file"
-        ) from error
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _not_exits(file, error) from error
+
+
+def _checked(folder: Path, find: Callable[[], Any]) -> tuple[int, ...]:
+    try:
+        return tuple(int(exit_layer) for exit_layer in find())
+    except (ValueError, TypeError, KeyError) as error:
+        raise _not_exits(folder / EXITS_FILE, error) from error
+
+
+def _not_exits(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f'{file}: {{"exits": [2, 4]}} was expected: {error}', hint="correct or remove the file"
+    )

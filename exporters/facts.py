@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from skipstone.bundle import ModelFacts, hash_file
+from skipstone.bundle import EncoderFacts, ModelFacts, hash_file
 from skipstone.errors import CheckpointError, ExportError, UsageError
 from skipstone.exporters.checkpoint import Checkpoint
+from skipstone.exporters.exits import check_exits, recorded_encoder_exits
 
 TOKENIZER_FILE = "tokenizer.json"
+# The names that T5 checkpoints give their one table of embeddings.
+SHARED_TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+DEFAULT_LENGTH = 512  # of sources and texts, where a model sets no limit
 
 
 def checkpoint_facts(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, context_length: int, parameters: int
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    context_length: int,
+    parameters: int,
+    encoder: EncoderFacts | None = None,
 ) -> ModelFacts:
     """What a runtime must know of a checkpoint's model.
 
@@ -26,6 +35,7 @@ def checkpoint_facts(
         tokenizer: its tokenizer.
         context_length: positions.
         parameters: number of stored weights.
+        encoder: of an encoder-decoder, see `encoder_facts`; the rest then describes the decoder.
 
     Raises:
         CheckpointError: the tokenizer can give ids that the model has no embedding for. Fewer tokens than embeddings are
@@ -40,21 +50,81 @@ def checkpoint_facts(
         )
     generation = checkpoint.json("generation_config.json")
     eos = generation.get("eos_token_id", config.eos_token_id)
-    bos = generation.get("bos_token_id", config.bos_token_id)
+    # A decoder's text begins with what the encoder's facts say, whatever the tokenizer puts before a source.
+    bos = generation.get("bos_token_id", config.bos_token_id) if encoder is None else None
     return ModelFacts(
         name=checkpoint.name,
         architecture=checkpoint.architecture,
         hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
+        num_layers=config.num_hidden_layers if encoder is None else config.num_decoder_layers,
         vocab_size=config.vocab_size,
         context_length=context_length,
         parameters=parameters,
         bos_token_id=bos,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         add_bos=adds_bos(tokenizer, bos),
-        tied_embeddings=bool(config.tie_word_embeddings),
+        tied_embeddings=bool(config.tie_word_embeddings) if encoder is None else not has_own_head(checkpoint),
         chat_template=chat_template_of(checkpoint),
+        encoder=encoder,
     )
+
+
+def encoder_facts(
+    checkpoint: Checkpoint, exits: Sequence[int] | None, max_source_length: int | None
+) -> EncoderFacts | None:
+    """What a runtime must know of a checkpoint's encoder, None for a decoder alone.
+
+    Args:
+        checkpoint: the source.
+        exits: layer counts at which it can stop; None: those recorded with the checkpoint, or none.
+        max_source_length: tokens of a source at most; None: 512.
+
+    Raises:
+        UsageError: exits that the encoder does not have, a length that cannot be, or either for a decoder alone.
+        CheckpointError: no token is named that the decoder's text begins with.
+    """
+    if not checkpoint.is_encoder_decoder:
+        _refuse_encoder_options(checkpoint, exits, max_source_length)
+        return None
+    config = checkpoint.config
+    recorded = recorded_encoder_exits(checkpoint.path, config) or ()
+    length = DEFAULT_LENGTH if max_source_length is None else max_source_length
+    if length < 1:
+        raise UsageError(f"--max-source-length {length}: at least 1 was expected")
+    start = checkpoint.json("generation_config.json").get("decoder_start_token_id")
+    start = config.decoder_start_token_id if start is None else start
+    if not isinstance(start, int) or not 0 <= start < config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.path}/config.json: decoder_start_token_id is {start}, a token id was expected",
+            hint="T5's own is that of its padding token, 0",
+        )
+    return EncoderFacts(
+        num_layers=config.num_hidden_layers,
+        exits=check_exits(
+            recorded if exits is None else exits, config.num_hidden_layers, option="--encoder-exits"
+        ),
+        max_source_length=length,
+        start_token_id=start,
+    )
+
+
+def has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether a T5's head differs from its embeddings; transformers goes by the stored weights too, since the
+    configuration's `tie_word_embeddings` has come to mean whether the head's input is scaled.
+    """
+    head = "lm_head.weight"
+    if head not in checkpoint.tensor_files:
+        return False
+    shared = next((name for name in SHARED_TABLES if name in checkpoint.tensor_files), None)
+    return shared is None or not checkpoint.tensor(head).equal(checkpoint.tensor(shared))
+
+
+def _refuse_encoder_options(
+    checkpoint: Checkpoint, exits: Sequence[int] | None, max_source_length: int | None
+) -> None:
+    for option, value in (("--encoder-exits", exits), ("--max-source-length", max_source_length)):
+        if value is not None:
+            raise UsageError(f"{option}: {checkpoint.architecture} is a decoder alone", hint="leave it out")
 
 
 def adds_bos(tokenizer: Tokenizer, bos_token_id: int | None) -> bool:

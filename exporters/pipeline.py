@@ -57,12 +57,14 @@ def export_checkpoint(
     format: str | None = None,
     quantize: str | None = None,
     exits: Sequence[int] | None = None,
+    encoder_exits: Sequence[int] | None = None,
     draft_vocab_size: int | None = None,
     draft_text: str | os.PathLike[str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     mix: str | None = None,
     context_length: int | None = None,
+    max_source_length: int | None = None,
     held_out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -76,14 +78,17 @@ def export_checkpoint(
         format: name of a format (`skipstone.exporters.formats.FORMATS`); None: the device's first.
         quantize: scheme; None: the device's default for the format, or for a .gguf the one it has.
         exits: layer counts to cut at; None: those recorded with the checkpoint, or a default by depth; (): no
-            cuts.
+            cuts. Of an encoder-decoder, the decoder's.
+        encoder_exits: layer counts at which an encoder can stop; None: those recorded with the checkpoint, or none.
         draft_vocab_size: rows of the draft head; None: a quarter of the vocabulary; 0: all of it.
         draft_text: text in which tokens are counted to choose the draft head's rows, and n-grams for the draft
             table; None: what was recorded with the checkpoint, if anything.
         imatrix: calibration text for an importance matrix (gguf).
         calibration: text that fixes the scales of activations (executorch, `int8`).
         mix: schemes of single parts, say `head=8da8w,0-1=none` (executorch).
-        context_length: positions to plan K/V for, in formats that fix them at export; None: at most 512.
+        context_length: positions to plan K/V for, in formats that fix them at export and for models that set no limit
+            themselves; None: at most 512.
+        max_source_length: tokens of an encoder's source at most; None: 512.
         held_out: text, or .jsonl of `{"text": …}`, to measure perplexity on.
         overwrite: replace a bundle that stands at `output`.
         progress: told of every step as it begins.
@@ -104,6 +109,7 @@ def export_checkpoint(
     options = ExportOptions(
         quantize=support.default_quantize if quantize is None and not keeps_its_own else quantize,
         exits=None if exits is None else tuple(exits),
+        encoder_exits=None if encoder_exits is None else tuple(encoder_exits),
         draft_vocab_size=draft_vocab_size,
         draft_text=None if draft_text is None else Path(draft_text),
         imatrix=None if imatrix is None else Path(imatrix),
@@ -111,6 +117,7 @@ def export_checkpoint(
         mix=mix,
         threads=num_cores(),
         context_length=context_length,
+        max_source_length=max_source_length,
         target=support.backend if support.engine == "executorch" else None,
     )
     text = None if held_out is None else Path(held_out)
@@ -156,7 +163,7 @@ def _self_test(artefacts: Artefacts) -> SelfTest:
     return SelfTest(
         oracle=artefacts.oracle,
         reference=artefacts.reference,
-        tokens=artefacts.probe,
+        probe=artefacts.probe,
         min_agreement=artefacts.min_agreement,
         reference_tolerance=artefacts.reference_tolerance,
     )

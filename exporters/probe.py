@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tokenizers import Tokenizer
+
+from skipstone.bundle import ModelFacts
 
 _TEXT = '''def read_lines(path, limit=None):
     """Return the lines of a file without their line ends, at most `limit` of them."""
@@ -16,10 +20,31 @@ passed the bridge by noon, and what the anglers see at dusk fell as rain in anot
 _COUNT = 64
 
 
-def probe_tokens(tokenizer: Tokenizer, vocab_size: int, context_length: int) -> tuple[int, ...]:
-    """At most 64 token ids of the text, repeated if a tokenizer needs fewer, all within the vocabulary."""
-    ids = [token for token in tokenizer.encode(_TEXT, add_special_tokens=True).ids if token < vocab_size] or [
-        0
-    ]
-    count = min(_COUNT, context_length)
-    return tuple((ids * (count // len(ids) + 1))[:count])
+@dataclass(frozen=True)
+class Probe:
+    """What the self-test runs through a model.
+
+    Attributes:
+        tokens: ids that a decoder is given; an encoder-decoder's begin with its start token.
+        source: ids that an encoder is given first; empty for a decoder alone.
+    """
+
+    tokens: tuple[int, ...]
+    source: tuple[int, ...] = ()
+
+
+def probe_of(tokenizer: Tokenizer, facts: ModelFacts) -> Probe:
+    """At most 64 tokens of the text, repeated if a tokenizer needs fewer, all within the vocabulary. An
+    encoder-decoder is to repeat it.
+    """
+    if facts.encoder is None:
+        return Probe(_tokens(tokenizer, facts.vocab_size, facts.context_length, True))
+    source = _tokens(tokenizer, facts.vocab_size, facts.encoder.max_source_length, True)
+    target = _tokens(tokenizer, facts.vocab_size, facts.context_length, False)
+    return Probe((facts.encoder.start_token_id, *target)[: len(target)], source)
+
+
+def _tokens(tokenizer: Tokenizer, vocab_size: int, longest: int, special: bool) -> tuple[int, ...]:
+    ids = [token for token in tokenizer.encode(_TEXT, add_special_tokens=special).ids if token < vocab_size]
+    count = min(_COUNT, longest)
+    return tuple(((ids or [0]) * (count // max(len(ids), 1) + 1))[:count])

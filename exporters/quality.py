@@ -8,19 +8,20 @@ Measured through the engine and the session that will generate, in a process of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from skipstone.bundle import Quality, hash_file, open_bundle
+from skipstone.bundle import EncoderFacts, Quality, hash_file, open_bundle, read_manifest
 from skipstone.errors import UsageError
-from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.facts import read_text
 from skipstone.exporters.isolation import num_threads, run_isolated
+from skipstone.exporters.probe import Probe
+from skipstone.exporters.reference import EagerReference
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.session import Session
@@ -32,31 +33,44 @@ _WINDOW = 512
 _SHORTEST = 2
 
 
-def held_out_texts(file: Path) -> tuple[str, ...]:
-    """A held-out set's texts: the values of `text` of a .jsonl file, or a text file as a whole.
+@dataclass(frozen=True)
+class HeldOut:
+    """A text to predict; an encoder-decoder is given a source for it."""
+
+    text: str
+    source: str | None = None
+
+
+def held_out_texts(file: Path) -> tuple[HeldOut, ...]:
+    """A held-out set: a text file as a whole, or a .jsonl file of `{"text": …}` or, for encoder-decoders, of
+    `{"source": …, "target": …}`.
 
     Raises:
         UsageError: it cannot be read, or a line does not fit.
     """
     content = read_text(file, "--held-out")
     if file.suffix != ".jsonl":
-        return (content,)
+        return (HeldOut(content),)
     lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     return tuple(_text(line, file, number) for number, line in lines)
 
 
-def _text(line: str, file: Path, number: int) -> str:
+def _text(line: str, file: Path, number: int) -> HeldOut:
     try:
         record = json.loads(line)
     except ValueError:
         record = None
-    text = record.get("text") if isinstance(record, dict) else None
+    record = record if isinstance(record, dict) else {}
+    text, source, target = (record.get(key) for key in ("text", "source", "target"))
+    if isinstance(source, str) and isinstance(target, str):
+        return HeldOut(target, source)
     if not isinstance(text, str):
         raise UsageError(
             f"--held-out {file}, line {number}: no text under the key 'text'",
-            hint='every line is an object like {"text": "def f(x):"}',
+            hint='every line is an object like {"text": "def f(x):"}, for an encoder-decoder like '
+            '{"source": "Their is a eror.", "target": "There is an error."}',
         )
-    return text
+    return HeldOut(text)
 
 
 def measure_quality(folder: Path, file: Path, checkpoint: Path | None) -> Quality:
@@ -64,22 +78,33 @@ def measure_quality(folder: Path, file: Path, checkpoint: Path | None) -> Qualit
 
     Args:
         folder: the bundle, whose manifest may still be without the figures.
-        file: text or .jsonl; its first 8,192 tokens count, in windows of at most 512 that start anew.
+        file: text or .jsonl; its first 8,192 tokens count, in windows of at most 512 that start anew. An
+            encoder-decoder's texts are one window each, cut at its limits.
         checkpoint: what it is compared with; None: there is none.
 
     Raises:
-        UsageError: a file that cannot be read or holds next to nothing.
+        UsageError: a file that cannot be read or holds next to nothing, or not what this kind of model needs.
         ExportError: the engine crashed.
     """
+    texts = held_out_texts(file)
+    _check_kind(file, texts, encodes=read_manifest(folder).model.encoder is not None)
     answer = run_isolated(
         "skipstone.exporters.quality:measure",
         folder=str(folder),
-        texts=list(held_out_texts(file)),
+        texts=[asdict(text) for text in texts],
         checkpoint=None if checkpoint is None else str(checkpoint),
     )
     if not answer["tokens"]:
         raise UsageError(f"--held-out {file}: no two tokens to predict in it", hint="pass a longer text")
     return Quality(text_sha256=hash_file(file), **answer)
+
+
+def _check_kind(file: Path, texts: tuple[HeldOut, ...], *, encodes: bool) -> None:
+    if any((text.source is not None) != encodes for text in texts):
+        raise UsageError(
+            f"--held-out {file}: an encoder-decoder is measured on sources and targets, a decoder alone on texts",
+            hint='write a .jsonl file of {"source": …, "target": …} or of {"text": …}',
+        )
 
 
 @dataclass
@@ -105,7 +130,9 @@ class _Sums:
             self.agreed += int((logits.argmax(-1) == reference.argmax(-1)).sum())
 
 
-def measure(folder: str, texts: list[str], checkpoint: str | None) -> dict[str, float | None]:
+def measure(
+    folder: str, texts: list[dict[str, str | None]], checkpoint: str | None
+) -> dict[str, float | None]:
     """See `measure_quality`. Called through `run_isolated`.
 
     Returns:
@@ -116,15 +143,20 @@ def measure(folder: str, texts: list[str], checkpoint: str | None) -> dict[str, 
     threads = num_threads(sum(entry.size for entry in manifest.files))
     engine = open_engine(bundle, EngineOptions(threads=threads))
     tokenizer = Tokenizer.from_file(str(bundle.file(manifest.tokenizer)))
-    length = min(_WINDOW, engine.max_context_length, manifest.model.context_length)
-    model = None if checkpoint is None else _reference(Path(checkpoint))
+    facts = manifest.model
+    length = min(_WINDOW, engine.max_context_length, facts.context_length)
+    model = None if checkpoint is None else EagerReference(Path(checkpoint))
     sums = _Sums()
-    for window in _windows(
-        tokenizer, texts, length, manifest.model.bos_token_id if manifest.model.add_bos else None
-    ):
+    given = [HeldOut(str(text["text"]), text["source"]) for text in texts]
+    if facts.encoder is None:
+        bos = facts.bos_token_id if facts.add_bos else None
+        windows = _windows(tokenizer, [text.text for text in given], length, bos)
+    else:
+        windows = _pairs(tokenizer, given, length, facts.encoder, facts.eos_token_ids[:1])
+    for window in windows:
         logits = _logits(engine, window)[:-1]
-        reference = None if model is None else model(window)[:-1]
-        sums.add(logits, reference, np.array(window[1:], np.int64))
+        reference = None if model is None else model.logits(window.tokens, window.source)[:-1]
+        sums.add(logits, reference, np.array(window.tokens[1:], np.int64))
     engine.close()
     count = max(sums.tokens, 1)
     compared = checkpoint is not None
@@ -137,7 +169,7 @@ def measure(folder: str, texts: list[str], checkpoint: str | None) -> dict[str, 
     }
 
 
-def _windows(tokenizer: Tokenizer, texts: list[str], length: int, bos: int | None) -> Iterator[list[int]]:
+def _windows(tokenizer: Tokenizer, texts: list[str], length: int, bos: int | None) -> Iterator[Probe]:
     """Stretches of token ids, `bos` before each, until enough tokens were seen."""
     start = [] if bos is None else [bos]
     step, left = length - len(start), MAX_TOKENS
@@ -148,31 +180,37 @@ def _windows(tokenizer: Tokenizer, texts: list[str], length: int, bos: int | Non
             if len(window) < _SHORTEST:
                 continue
             left -= len(window)
-            yield window
+            yield Probe(tuple(window))
 
 
-def _logits(engine: Engine, tokens: list[int]) -> FloatArray:
+def _pairs(
+    tokenizer: Tokenizer, texts: list[HeldOut], length: int, encoder: EncoderFacts, eos: tuple[int, ...]
+) -> Iterator[Probe]:
+    """Targets with the start token before them and the end token behind them, until enough tokens were seen."""
+    left = MAX_TOKENS
+    for text in texts:
+        source = tokenizer.encode(text.source or "").ids[: encoder.max_source_length]
+        ids = [encoder.start_token_id, *tokenizer.encode(text.text, add_special_tokens=False).ids, *eos]
+        window = ids[: min(length, left)]
+        if len(window) < _SHORTEST or not source:
+            continue
+        left -= len(window)
+        yield Probe(tuple(window), tuple(source))
+
+
+def _logits(engine: Engine, window: Probe) -> FloatArray:
     """Logits [n, vocab_size] of the artefact."""
     found: list[FloatArray] = []
+    tokens = window.tokens
     with Session(engine, len(tokens)) as session:
+        if window.source:
+            session.encode(window.source)
         width = min(session.max_width, _WINDOW)
         for first in range(0, len(tokens), width):
             rows = session.push(tokens[first : first + width])
             found += session.advance(rows, session.exits[-1])
             session.commit(rows[-1])
     return np.stack(found)
-
-
-def _reference(checkpoint: Path) -> Callable[[list[int]], FloatArray]:
-    """Token ids → logits [n, vocab_size] of the checkpoint in float32."""
-    import torch
-
-    model = load_eager(checkpoint)
-
-    def logits(tokens: list[int]) -> FloatArray:
-        return np.asarray(model(torch.tensor([tokens])).logits[0].numpy(), np.float32)
-
-    return logits
 
 
 def _log_softmax(logits: FloatArray) -> NDArray[np.float64]:

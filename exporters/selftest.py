@@ -13,6 +13,8 @@ place.
    covers it;
 7. draft head: its logits at every exit against the final norm and the head's rows computed here.
 
+An encoder-decoder is given a source first, and then put to the same tests on its decoder's rows.
+
 The engine runs in a process of its own, so that a crash becomes an error that says so.
 """
 
@@ -20,19 +22,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.bundle import Parity
 from skipstone.errors import ExportError
-from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats import Oracle
 from skipstone.exporters.isolation import num_threads, run_isolated
-from skipstone.runtimes.engines.base import Engine
+from skipstone.exporters.probe import Probe
+from skipstone.exporters.reference import EagerReference
+from skipstone.runtimes.engines.base import Engine, SourceCache
 from skipstone.runtimes.rows import ROOT, RowTree
 from skipstone.runtimes.session import Session
 
@@ -54,7 +58,7 @@ _HEAD_ROWS = 512
 class UncutModel(Protocol):
     """See `skipstone.exporters.formats.Oracle`."""
 
-    def logits(self, tokens: Sequence[int]) -> FloatArray: ...
+    def logits(self, tokens: Sequence[int], source: Sequence[int] = ()) -> FloatArray: ...
 
     def draft_logits(self, hidden: FloatArray, token_ids: NDArray[np.int32]) -> FloatArray: ...
 
@@ -66,7 +70,7 @@ class SelfTest:
     Attributes:
         oracle: the uncut model.
         reference: checkpoint folder; None: there is none.
-        tokens: the probe.
+        probe: what is run.
         min_agreement: share of positions at which the best token must be the reference's.
         reference_tolerance: largest difference of a logit from the reference; None: only the agreement
             counts.
@@ -74,7 +78,7 @@ class SelfTest:
 
     oracle: Oracle
     reference: Path | None
-    tokens: tuple[int, ...]
+    probe: Probe
     min_agreement: float
     reference_tolerance: float | None
 
@@ -112,14 +116,15 @@ def run_self_test(folder: Path, test: SelfTest, scratch: Path) -> Parity:
     reference = None
     if test.reference is not None:
         reference = scratch / "reference.npy"
-        np.save(reference, reference_logits(test.reference, test.tokens))
+        np.save(reference, EagerReference(test.reference).logits(test.probe.tokens, test.probe.source))
     answer = run_isolated(
         "skipstone.exporters.selftest:measure",
         folder=str(folder),
         oracle=test.oracle.made_by,
         oracle_arguments=test.oracle.arguments,
         reference=None if reference is None else str(reference),
-        tokens=list(test.tokens),
+        tokens=list(test.probe.tokens),
+        source=list(test.probe.source),
         exact=test.reference_tolerance is not None,
     )
     return judge(Measured(**answer), test)
@@ -177,20 +182,13 @@ def judge(measured: Measured, test: SelfTest) -> Parity:
     )
 
 
-def reference_logits(checkpoint: Path, tokens: Sequence[int]) -> FloatArray:
-    """Logits [n, vocab_size] of eager transformers in float32."""
-    import torch
-
-    logits = load_eager(checkpoint)(torch.tensor([list(tokens)])).logits[0]
-    return np.asarray(logits.numpy(), np.float32)
-
-
 def measure(
     folder: str,
     oracle: str,
     oracle_arguments: dict[str, str],
     reference: str | None,
     tokens: list[int],
+    source: list[int],
     exact: bool,
 ) -> dict[str, object]:
     """Run the unfinished bundle; see the module. Called through `run_isolated`.
@@ -208,11 +206,12 @@ def measure(
     module, name = oracle.split(":")
     uncut: UncutModel = getattr(importlib.import_module(module), name)(bundle, **oracle_arguments)
     engine = open_engine(bundle, EngineOptions(kv_type="f32", threads=threads))
-    at_once = _in_widths(engine, tokens, len(tokens))
-    whole = uncut.logits(tokens)
+    probe = Probe(tuple(tokens), tuple(source))
+    at_once = _in_widths(engine, probe, len(tokens))
+    whole = uncut.logits(tokens, source) if source else uncut.logits(tokens)
     difference = _difference if exact else _usual_difference
     expected = None if reference is None else np.load(reference)
-    accepted = _accepted_out_of_trees(engine, tokens)
+    accepted = _accepted_out_of_trees(engine, probe)
     measured = Measured(
         finite=bool(np.isfinite(at_once).all()),
         spread=float(at_once.std()),
@@ -221,21 +220,31 @@ def measure(
         split=difference(at_once, whole),
         split_rms=float(np.sqrt(((at_once - whole) ** 2).mean())),
         draft_verify=max(
-            (difference(at_once[: len(x)], x) for x in _drafted_then_verified(engine, tokens)), default=0.0
+            (difference(at_once[: len(x)], x) for x in _drafted_then_verified(engine, probe)), default=0.0
         ),
         tree_commit=difference(at_once[: len(accepted)], accepted),
-        width_noise=_width_noise(engine, tokens),
-        jitter=_jitter(engine, tokens),
-        draft_head=_draft_head_error(engine, tokens, uncut),
+        width_noise=_width_noise(engine, probe),
+        jitter=_jitter(engine, probe),
+        draft_head=_draft_head_error(engine, probe, uncut),
     )
     engine.close()
     return asdict(measured)
 
 
-def _in_widths(engine: Engine, tokens: Sequence[int], width: int) -> FloatArray:
-    """Logits [n, vocab_size] at the last exit, `width` rows at a time."""
+@contextmanager
+def _session(engine: Engine, probe: Probe) -> Iterator[Session]:
+    """A session with room for the probe, its source encoded."""
+    with Session(engine, _context_length(engine, probe)) as session:
+        if probe.source:
+            session.encode(probe.source)
+        yield session
+
+
+def _in_widths(engine: Engine, probe: Probe, width: int, count: int | None = None) -> FloatArray:
+    """Logits [n, vocab_size] at the last exit, `width` rows at a time; of the first `count` tokens."""
     found: list[FloatArray] = []
-    with Session(engine, _context_length(engine, tokens)) as session:
+    tokens = probe.tokens[:count]
+    with _session(engine, probe) as session:
         width = min(width, session.max_width)
         for start in range(0, len(tokens), width):
             rows = session.push(tokens[start : start + width])
@@ -244,14 +253,14 @@ def _in_widths(engine: Engine, tokens: Sequence[int], width: int) -> FloatArray:
     return np.stack(found)
 
 
-def _drafted_then_verified(engine: Engine, tokens: Sequence[int]) -> Iterator[FloatArray]:
+def _drafted_then_verified(engine: Engine, probe: Probe) -> Iterator[FloatArray]:
     """For each inner exit: logits of rows run one by one to it first, and in blocks of four to the end
     later.
     """
-    tokens = tokens[:_STEPPED]
+    tokens = probe.tokens[:_STEPPED]
     for exit_layer in engine.exits[:-1]:
         found: list[FloatArray] = []
-        with Session(engine, _context_length(engine, tokens)) as session:
+        with _session(engine, probe) as session:
             for start in range(0, len(tokens), 4):
                 rows = session.push(tokens[start : start + 4])
                 for row in rows:
@@ -261,11 +270,12 @@ def _drafted_then_verified(engine: Engine, tokens: Sequence[int]) -> Iterator[Fl
         yield np.stack(found)
 
 
-def _accepted_out_of_trees(engine: Engine, tokens: Sequence[int]) -> FloatArray:
+def _accepted_out_of_trees(engine: Engine, probe: Probe) -> FloatArray:
     """Logits [n, vocab_size] of tokens that follow each other through trees: each has a rejected sibling before it."""
-    tokens = tokens[: _STEPPED - _STEPPED % 2]
+    room = _context_length(engine, probe) - 2  # for the last two's siblings
+    tokens = probe.tokens[: min(_STEPPED, room) // 2 * 2]
     found: list[FloatArray] = []
-    with Session(engine, _context_length(engine, tokens)) as session:
+    with _session(engine, probe) as session:
         for start in range(0, len(tokens), 2):
             parent, rows = ROOT, []
             for token in tokens[start : start + 2]:
@@ -277,35 +287,34 @@ def _accepted_out_of_trees(engine: Engine, tokens: Sequence[int]) -> FloatArray:
     return np.stack(found)
 
 
-def _width_noise(engine: Engine, tokens: Sequence[int]) -> float:
-    tokens = tokens[:_STEPPED]
-    alone, *wider = (_in_widths(engine, tokens, width) for width in _WIDTHS)
+def _width_noise(engine: Engine, probe: Probe) -> float:
+    alone, *wider = (_in_widths(engine, probe, width, _STEPPED) for width in _WIDTHS)
     return max(_difference(alone, other) for other in wider)
 
 
-def _jitter(engine: Engine, tokens: Sequence[int]) -> float:
+def _jitter(engine: Engine, probe: Probe) -> float:
     """Largest change of the gap between a position's two best tokens when rows entering a segment change
     slightly.
     """
     random, last = np.random.default_rng(0), len(engine.exits) - 1
-    (plain,) = (logits for k, logits in _segment_by_segment(engine, tokens, None) if k == last)
+    (plain,) = (logits for k, logits in _segment_by_segment(engine, probe, None) if k == last)
     best, worst = np.argsort(plain, axis=-1)[:, -2:], 0.0
     for _ in range(_JITTER_RUNS):
-        (shaken,) = (logits for k, logits in _segment_by_segment(engine, tokens, random) if k == last)
+        (shaken,) = (logits for k, logits in _segment_by_segment(engine, probe, random) if k == last)
         gaps = (np.take_along_axis(logits, best, -1) for logits in (plain, shaken))
         before, after = (gap[:, 1] - gap[:, 0] for gap in gaps)
         worst = max(worst, float(np.abs(before - after).max()))
     return worst
 
 
-def _draft_head_error(engine: Engine, tokens: Sequence[int], uncut: UncutModel) -> float:
+def _draft_head_error(engine: Engine, probe: Probe, uncut: UncutModel) -> float:
     """Largest relative error of the draft head over the inner exits, against its definition."""
     if engine.draft_vocabulary is None:
         return 0.0
     sample = slice(None, None, -(-len(engine.draft_vocabulary) // _HEAD_ROWS))
     worst = 0.0
-    cache = engine.open_cache(_context_length(engine, tokens), RowTree())
-    for segment, hidden in _segment_by_segment(engine, tokens, None):
+    cache = engine.open_cache(_context_length(engine, probe), RowTree())
+    for segment, hidden in _segment_by_segment(engine, probe, None):
         if segment < len(engine.exits) - 1:
             found = cache.draft_logits(list(hidden))[:, sample]
             expected = uncut.draft_logits(hidden, engine.draft_vocabulary[sample])
@@ -315,12 +324,14 @@ def _draft_head_error(engine: Engine, tokens: Sequence[int], uncut: UncutModel) 
 
 
 def _segment_by_segment(
-    engine: Engine, tokens: Sequence[int], shake: np.random.Generator | None
+    engine: Engine, probe: Probe, shake: np.random.Generator | None
 ) -> Iterator[tuple[int, FloatArray]]:
     """After each segment: its index and the rows' hidden states (after the last one, their logits)."""
     tree = RowTree()
-    cache = engine.open_cache(_context_length(engine, tokens), tree)
-    tokens = tokens[: cache.max_width]
+    cache = engine.open_cache(_context_length(engine, probe), tree)
+    if probe.source:
+        cast("SourceCache", cache).encode(probe.source)
+    tokens = probe.tokens[: cache.max_width]
     chain = [tree.add(token, index - 1) for index, token in enumerate(tokens)]
     state = cache.embed(tokens)
     for segment in range(len(engine.exits)):
@@ -334,8 +345,8 @@ def _segment_by_segment(
     cache.close()
 
 
-def _context_length(engine: Engine, tokens: Sequence[int]) -> int:
-    return min(engine.max_context_length, 2 * len(tokens))
+def _context_length(engine: Engine, probe: Probe) -> int:
+    return min(engine.max_context_length, 2 * len(probe.tokens))
 
 
 def _difference(one: FloatArray, other: FloatArray) -> float:

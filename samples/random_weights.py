@@ -10,12 +10,15 @@ The configurations are those of the models' config.json files on the Hugging Fac
 - `llama-3.2-1b`: meta-llama/Llama-3.2-1B (1,235,814,400 parameters)
 - `qwen3-0.6b`: Qwen/Qwen3-0.6B (596,049,920 parameters)
 - `smollm2-135m`: HuggingFaceTB/SmolLM2-135M (134,515,008 parameters)
+- `t5-small`: google-t5/t5-small (60,506,624 parameters)
+- `flan-t5-small`: google/flan-t5-small (76,961,152 parameters)
+- `codet5-small`: Salesforce/codet5-small (60,492,288 parameters)
 
 Weights are drawn as transformers initialises them, in bfloat16, from a fixed seed. `--layers` cuts the model down to
-its first layers. Such a model prefers no token by much, so that rounding its weights to few bits changes the best one
-nearly everywhere, and an export in 4 bits rightly fails its self-test. `--residual-scale 0.02` multiplies what the
-layers add to the residual stream: the model then repeats the token it reads, as clearly as a trained one says
-something, at the same cost.
+its first layers, an encoder-decoder on both sides. Such a model prefers no token by much, so that rounding its
+weights to few bits changes the best one nearly everywhere, and an export in 4 bits rightly fails its self-test.
+`--residual-scale 0.02` multiplies what the layers add to the residual stream: the model then repeats the token it
+reads, as clearly as a trained one says something, at the same cost.
 
 The tokenizer is that of another checkpoint, the shipped one by default: it knows fewer tokens than the model, as with
 the padded vocabularies of many models, and a token it does not know decodes to nothing.
@@ -33,14 +36,27 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    T5Config,
+)
 
 from skipstone.errors import CheckpointError, ExportError, SkipstoneError, UsageError
 from skipstone.exporters.checkpoint import quiet_loading
 from skipstone.runtimes.quiet import quiet_libraries
 
 CODER = Path(__file__).resolve().parent / "models" / "coder"
-_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+_OUTPUTS = (
+    "self_attn.o_proj.weight",
+    "mlp.down_proj.weight",
+    "Attention.o.weight",
+    "DenseReluDense.wo.weight",
+)
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_FILES = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 
@@ -120,10 +136,67 @@ def _smollm2_135m(layers: int) -> LlamaConfig:
     )
 
 
+def _t5_small(layers: int) -> T5Config:
+    return T5Config(
+        architectures=["T5ForConditionalGeneration"],
+        vocab_size=32128,
+        d_model=512,
+        d_kv=64,
+        d_ff=2048,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=8,
+        n_positions=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+
+
+def _flan_t5_small(layers: int) -> T5Config:
+    return T5Config(
+        architectures=["T5ForConditionalGeneration"],
+        vocab_size=32128,
+        d_model=512,
+        d_kv=64,
+        d_ff=1024,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=6,
+        n_positions=512,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+
+
+def _codet5_small(layers: int) -> T5Config:
+    return T5Config(
+        architectures=["T5ForConditionalGeneration"],
+        vocab_size=32100,
+        d_model=512,
+        d_kv=64,
+        d_ff=2048,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=8,
+        n_positions=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+
+
 SHAPES = {
     "llama-3.2-1b": Shape(16, _llama_3_2_1b),
     "qwen3-0.6b": Shape(28, _qwen3_0_6b),
     "smollm2-135m": Shape(30, _smollm2_135m),
+    "t5-small": Shape(6, _t5_small),
+    "flan-t5-small": Shape(8, _flan_t5_small),
+    "codet5-small": Shape(6, _codet5_small),
 }
 
 
@@ -170,7 +243,7 @@ def write_random(
         draft.mkdir()
         with torch.random.fork_rng(devices=()), quiet_libraries():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = random_model(config)
         _scale(model, residual_scale)
         with quiet_loading():
             model.save_pretrained(draft)
@@ -179,6 +252,20 @@ def write_random(
                 shutil.copy(tokenizer / name, draft / name)
         draft.rename(output)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model with random weights in bfloat16; transformers ties every T5's head, Flan-T5's is its own."""
+    if not config.is_encoder_decoder:
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return decoder
+    model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.bfloat16)
+    if not config.scale_decoder_outputs:
+        head = torch.empty_like(model.get_input_embeddings().weight)
+        model.get_output_embeddings().weight = torch.nn.Parameter(
+            head.normal_(0.0, config.initializer_factor)
+        )
+    return model
 
 
 def _scale(model: torch.nn.Module, factor: float) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 from skipstone.bundle import Manifest, ModelFacts, Quantization
 from skipstone.errors import ExportError, UsageError
+from skipstone.exporters.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,22 @@ class ExportOptions:
 
     Attributes:
         quantize: scheme; None: the format's default, or what a .gguf has.
-        exits: layer counts to cut at; empty: no cuts.
+        exits: layer counts to cut at; empty: no cuts. Of an encoder-decoder, the decoder's.
+        encoder_exits: layer counts to cut an encoder at; None: those recorded with the checkpoint, or none.
         draft_vocab_size: rows of the draft head; 0: the whole vocabulary.
         draft_text: text to count tokens and n-grams in.
         imatrix: calibration text for the importance matrix.
         calibration: text that fixes the scales of activations, in schemes that round them so.
         mix: schemes of single parts, say `head=8da8w,0-1=none`.
         threads: CPU threads.
-        context_length: positions to plan K/V for, where the format fixes them.
+        context_length: positions to plan K/V for, where the format fixes them or the model sets no limit.
+        max_source_length: tokens of an encoder's source at most.
         target: what to compile for, where the format compiles; None: the format's default.
     """
 
     quantize: str | None = None
     exits: tuple[int, ...] | None = None
+    encoder_exits: tuple[int, ...] | None = None
     draft_vocab_size: int | None = None
     draft_text: Path | None = None
     imatrix: Path | None = None
@@ -53,6 +57,7 @@ class ExportOptions:
     mix: str | None = None
     threads: int = 2
     context_length: int | None = None
+    max_source_length: int | None = None
     target: str | None = None
 
 
@@ -76,8 +81,9 @@ def refuse_options(options: ExportOptions, reasons: Mapping[str, str]) -> None:
 class Oracle:
     """What the self-test compares the artefact with: a class (`module:Class`) and the arguments to make it with.
 
-    Its instances have `logits(tokens)`, float32 [n, vocab_size] of the uncut model in the same quantisation, and
-    `draft_logits(hidden, token_ids)`, the final norm and those rows of the head over hidden states [n, hidden_size].
+    Its instances have `logits(tokens)`, float32 [n, vocab_size] of the uncut model in the same quantisation (of an
+    encoder-decoder `logits(tokens, source)`), and `draft_logits(hidden, token_ids)`, the final norm and those rows of
+    the head over hidden states [n, hidden_size].
     """
 
     made_by: str
@@ -92,7 +98,7 @@ class Artefacts:
         manifest: makes the format's manifest from the keys that all formats share.
         files: names of every file of the bundle.
         oracle: the uncut model in the same quantisation, for the self-test alone.
-        probe: token ids for the self-test.
+        probe: what the self-test runs.
         reference: checkpoint folder to compare with; None where there is none.
         min_agreement: share of positions at which the best token must be the reference's.
         reference_tolerance: largest difference of a logit; None: only the agreement counts.
@@ -108,7 +114,7 @@ class Artefacts:
     quantization: Quantization
     files: tuple[str, ...]
     oracle: Oracle
-    probe: tuple[int, ...]
+    probe: Probe
     reference: Path | None
     min_agreement: float
     reference_tolerance: float | None

@@ -9,7 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 SCHEMA_VERSION: Literal[1] = 1
-PROGRAM_INTERFACE = 2
+# what an ExecuTorch program's methods take and compute: a decoder's, an encoder-decoder's
+PROGRAM_INTERFACE, SOURCE_PROGRAM_INTERFACE = 2, 3
 MANIFEST_NAME = "manifest.json"
 
 
@@ -86,6 +87,14 @@ class SegmentEntry(_Record):
     stop: Annotated[int, Field(gt=0)]
     file: str
     output: Literal["nextn", "callback", "logits"]
+
+
+class EncoderSegmentEntry(_Record):
+    """The encoder's layers `first` (included) to `stop` (excluded) in one file, and the encoder's final norm."""
+
+    first: Annotated[int, Field(ge=0)]
+    stop: Annotated[int, Field(gt=0)]
+    file: str
 
 
 class EmbeddingEntry(_Record):
@@ -193,8 +202,9 @@ class ProgramEntry(_Record):
     `slots` positions of K/V, drafts included; batches of 1 to `max_width` rows. Widths from `reference_width` on agree
     numerically; narrower batches are padded up to it. `draft_vocabulary` is a little-endian int32 file: the token id of
     every row of the draft head. `status` says whether the program `runs` where it was exported, and so went through the
-    self-test, or was only `compiled` there, for a `target` that the machine does not have. `interface` counts up
-    whenever the methods come to mean something else; a runtime takes the one it was written for.
+    self-test, or was only `compiled` there, for a `target` that the machine does not have. `interface` numbers
+    what the methods mean: 2 for a decoder's, 3 for an encoder-decoder's. When they come to mean something else they take
+    the next free number; a runtime takes those it was written for.
     """
 
     file: str
@@ -214,6 +224,12 @@ class ProgramEntry(_Record):
                 f"reference_width {self.reference_width} ≤ max_width {self.max_width} ≤ slots {self.slots} was expected"
             )
         return self
+
+    @property
+    def called_interface(self) -> int:
+        """The interface by which this release calls these methods."""
+        takes_sources = any(entry.name == "cross" for entry in self.methods)
+        return SOURCE_PROGRAM_INTERFACE if takes_sources else PROGRAM_INTERFACE
 
     def weight_bytes(self, method: str) -> int:
         """Bytes of weights that a call of the method reads; 0 for a method without any."""
@@ -263,9 +279,10 @@ class ManifestBase(_Record):
 
 
 class GgufManifest(ManifestBase):
-    """A bundle of GGUF files."""
+    """A bundle of GGUF files. `segments` are the decoder's, `encoder_segments` those of an encoder-decoder's encoder."""
 
     format: Literal["gguf"] = "gguf"
+    encoder_segments: tuple[EncoderSegmentEntry, ...] = ()
     segments: tuple[SegmentEntry, ...]
     embedding: EmbeddingEntry
     draft_head: DraftHeadEntry | None = None
@@ -284,6 +301,8 @@ class GgufManifest(ManifestBase):
 
     def _artefacts(self) -> dict[str, str]:
         found = {self.embedding.file: ""}
+        for part in self.encoder_segments:
+            found[part.file] = f"the encoder's layers {part.first}–{part.stop - 1}"
         for segment in self.segments:
             leaves = "logits" if segment.output == "logits" else f"hidden states ({segment.output})"
             found[segment.file] = f"layers {segment.first}–{segment.stop - 1}, gives {leaves}"
@@ -297,6 +316,15 @@ class GgufManifest(ManifestBase):
     def _was_tested(self) -> Self:
         if self.parity is None:
             raise ValueError("parity: figures were expected")
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_exits_are_its_inner_cuts(self) -> Self:
+        encoder = self.model.encoder
+        edges = (0,) if encoder is None else (0, *encoder.exits, encoder.num_layers)
+        found = tuple((segment.first, segment.stop) for segment in self.encoder_segments)
+        if found != tuple(pairwise(edges)):
+            raise ValueError(f"encoder segments {found} do not match the encoder's cuts {edges}")
         return self
 
     @model_validator(mode="after")
@@ -333,6 +361,9 @@ class ExecuTorchManifest(ManifestBase):
             raise ValueError(f"exits {self.exits} do not rise within {self.model.num_layers} layers")
         found = {entry.name for entry in self.program.methods}
         expected = {"embed", "head", "compact"} | {f"segment_{k}" for k in range(len(self.exits) + 1)}
+        encoder = self.model.encoder
+        if encoder is not None:
+            expected |= {"cross"} | {f"encoder_{k}" for k in range(len(encoder.exits) + 1)}
         if self.program.draft_vocabulary is not None:
             expected.add("draft_head")
         if found != expected:

@@ -41,6 +41,10 @@ def export(
         str | None,
         typer.Option(help="Layers to cut at, say 2,4; 'none' for no cuts.", show_default="by model"),
     ] = None,
+    encoder_exits: Annotated[
+        str | None,
+        typer.Option(help="Layers at which an encoder can stop.", show_default="as recorded, or none"),
+    ] = None,
     draft_vocab_size: Annotated[
         int | None, typer.Option(help="Rows of the draft head; 0: all.", show_default="a quarter")
     ] = None,
@@ -57,7 +61,13 @@ def export(
     ] = None,
     context_length: Annotated[
         int | None,
-        typer.Option(help="Positions to plan K/V for (executorch).", show_default="the model's, at most 512"),
+        typer.Option(
+            help="Positions to plan K/V for (executorch, encoder-decoders).",
+            show_default="the model's, at most 512",
+        ),
+    ] = None,
+    max_source_length: Annotated[
+        int | None, typer.Option(help="Tokens of an encoder's source at most.", show_default="512")
     ] = None,
     held_out: Annotated[
         Path | None, typer.Option(help="Text or .jsonl to measure the artefact's perplexity on.")
@@ -66,7 +76,7 @@ def export(
     json: ManifestJson = False,
 ) -> None:
     """Export a model, cut at its early exits, and test it against its source."""
-    chosen = parse_exits(exits)
+    chosen, chosen_of_encoder = parse_exits(exits), parse_exits(encoder_exits, "--encoder-exits")
     from skipstone.exporters.pipeline import export_checkpoint
 
     with _progress(quiet=json) as report:
@@ -77,12 +87,14 @@ def export(
             format=format,
             quantize=quantize,
             exits=chosen,
+            encoder_exits=chosen_of_encoder,
             draft_vocab_size=draft_vocab_size,
             draft_text=draft_text,
             imatrix=imatrix,
             calibration=calibration,
             mix=mix,
             context_length=context_length,
+            max_source_length=max_source_length,
             held_out=held_out,
             overwrite=overwrite,
             progress=report,
@@ -93,7 +105,7 @@ def export(
         _summarise(output, bundle.manifest)
 
 
-def parse_exits(text: str | None) -> tuple[int, ...] | None:
+def parse_exits(text: str | None, option: str = "--exits") -> tuple[int, ...] | None:
     """`2,4` → (2, 4), `none` → (), None → None.
 
     Raises:
@@ -107,7 +119,7 @@ def parse_exits(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(
-            f"--exits {text}: whole numbers were expected", hint="write them as 2,4 or pass none"
+            f"{option} {text}: whole numbers were expected", hint="write them as 2,4 or pass none"
         ) from error
 
 
@@ -138,7 +150,8 @@ def _summarise(output: Path, manifest: Manifest) -> None:
         lines += untested(manifest)
     else:
         lines.append(_self_test(manifest.parity))
-        lines.append(f"next: skipstone generate {escape(str(output))} --prompt TEXT")
+        given = "--prompt" if manifest.model.encoder is None else "--source"
+        lines.append(f"next: skipstone generate {escape(str(output))} {given} TEXT")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 

@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skipstone.errors import CheckpointError, UsageError
-from skipstone.exporters.exits import check_exits, default_exits, recorded_exits
+from skipstone.exporters.exits import (
+    check_exits,
+    default_exits,
+    recorded_encoder_exits,
+    recorded_exits,
+)
 
 
 def test_the_default_for_twelve_layers_is_two_and_four() -> None:
@@ -43,6 +48,30 @@ def test_recorded_exits_come_from_the_file_before_the_configuration(tmp_path: Pa
     assert recorded_exits(tmp_path, config) == (1, 2)
     (tmp_path / "exits.json").write_text('{"exits": [2, 6], "loss": 1.5}', encoding="utf-8")
     assert recorded_exits(tmp_path, config) == (2, 6)
+
+
+def test_an_encoders_exits_are_recorded_beside_the_decoders(tmp_path: Path) -> None:
+    config = SimpleNamespace(skipstone_exits=[1], skipstone_encoder_exits=[4])
+    assert recorded_encoder_exits(tmp_path, SimpleNamespace()) is None
+    assert recorded_encoder_exits(tmp_path, config) == (4,)
+    for content, expected in (
+        ('{"exits": [2]}', (4,)),
+        ("[2]", (4,)),
+        ('{"exits": [2], "encoder_exits": []}', ()),
+    ):
+        (tmp_path / "exits.json").write_text(content, encoding="utf-8")
+        assert (recorded_exits(tmp_path, config), recorded_encoder_exits(tmp_path, config)) == (
+            (2,),
+            expected,
+        )
+    (tmp_path / "exits.json").write_text('{"exits": [2], "encoder_exits": "all"}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"exits\.json"):
+        recorded_encoder_exits(tmp_path, config)
+
+
+def test_the_option_that_named_wrong_exits_is_named() -> None:
+    with pytest.raises(UsageError, match="--encoder-exits 7: exit 7 is out of range for 6 layers"):
+        check_exits((7,), 6, option="--encoder-exits")
 
 
 @pytest.mark.parametrize("content", ["{}", "nonsense", '{"exits": "two"}', "[[1]]"])

@@ -290,7 +290,10 @@ class TestRefusals:
                 {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
                 r"GPT2LMHeadModel is not supported.*Llama",
             ),
-            ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, r"T5.*encoder-decoder"),
+            (
+                {"architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5"},
+                r"MT5.*encoder-decoder",
+            ),
             ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, r"BertForMaskedLM does fill-mask"),
             ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
             (

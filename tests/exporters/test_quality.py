@@ -13,6 +13,7 @@ from skipstone.errors import UsageError
 from skipstone.exporters import quality
 from skipstone.exporters.pipeline import export_checkpoint
 from tests.exporters.tiny import CASES, GENTLE, make_checkpoint
+from tests.exporters.tiny_t5 import EOS, T5_CASES, make_t5
 
 _TEXTS = (
     "def read(path):\n    return path.read_text()\n" * 12,
@@ -103,4 +104,52 @@ def test_a_text_too_short_to_predict_in_is_refused(tmp_path: Path) -> None:
     text.write_text("a", encoding="utf-8")
     with pytest.raises(UsageError, match="no two tokens to predict"):
         export_checkpoint(checkpoint, tmp_path / "out", quantize="f32", held_out=text)
+    assert not (tmp_path / "out").exists()
+
+
+def _pairs(file: Path) -> list[tuple[str, str]]:
+    pairs = [
+        ("teh river is teh same", "the river is the same"),
+        ("read teh files", "read the file"),
+        ("a other day on " * 8, "another day on " * 8),
+    ]
+    lines = [json.dumps({"source": source, "target": target}) for source, target in pairs]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return pairs
+
+
+def test_an_encoder_decoders_perplexity_is_that_of_targets_behind_sources(tmp_path: Path) -> None:
+    from transformers import T5ForConditionalGeneration
+
+    checkpoint = make_t5(tmp_path / "tiny", T5_CASES["gentle"])
+    file = tmp_path / "pairs.jsonl"
+    pairs = _pairs(file)
+    found = export_checkpoint(checkpoint, tmp_path / "f32", quantize="f32", held_out=file).manifest.quality
+    assert found is not None
+    model: Any = T5ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    total, count = 0.0, 0
+    for source, target in pairs:
+        labels = torch.tensor([[*tokenizer.encode(target, add_special_tokens=False).ids, EOS]])
+        with torch.no_grad():  # transformers puts the start token before the labels itself
+            loss = model(torch.tensor([tokenizer.encode(source).ids]), labels=labels).loss
+        total, count = total + float(loss) * labels.shape[1], count + labels.shape[1]
+    assert found.tokens == count
+    assert found.reference_perplexity == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-3)
+    assert found.agreement == 1.0
+
+
+@pytest.mark.parametrize("encodes", [True, False])
+def test_a_held_out_set_for_the_other_kind_of_model_is_refused(
+    encodes: bool, held_out: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    _pairs(pairs)
+    if encodes:
+        checkpoint, file = make_t5(tmp_path / "tiny", T5_CASES["t5"]), held_out
+    else:
+        checkpoint, file = make_checkpoint(tmp_path / "tiny", GENTLE), pairs
+    with pytest.raises(UsageError, match="sources and targets"):
+        export_checkpoint(checkpoint, tmp_path / "out", quantize="f32", held_out=file)
     assert not (tmp_path / "out").exists()

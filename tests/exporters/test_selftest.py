@@ -13,6 +13,7 @@ from skipstone.exporters.formats.gguf import cut
 from skipstone.exporters.formats.gguf.cut import Cut
 from skipstone.exporters.formats.gguf.parts import GgufModel, TensorPart
 from skipstone.exporters.pipeline import export_checkpoint
+from skipstone.exporters.probe import Probe
 from skipstone.exporters.selftest import Measured, SelfTest, _usual_difference, judge
 from tests.exporters.conftest import MakeTiny
 
@@ -105,7 +106,11 @@ GOOD = Measured(
     draft_head=1e-6,
 )
 EXACT = SelfTest(
-    Oracle("module:Class", {}), Path("checkpoint"), (1, 2), min_agreement=0.99, reference_tolerance=1e-3
+    Oracle("module:Class", {}),
+    Path("checkpoint"),
+    Probe((1, 2)),
+    min_agreement=0.99,
+    reference_tolerance=1e-3,
 )
 
 

@@ -1,12 +1,13 @@
-"""Makes gguf_golden.json: what llama.cpp's own converter writes for the tiny checkpoints of
-tests/exporters/tiny.py.
+"""Makes gguf_golden.json and gguf_golden_t5.json: what llama.cpp's own converter writes for the tiny checkpoints of
+tests/exporters/tiny.py and tiny_t5.py.
 
     pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 && tar xf llama_cpp_python-0.3.36.tar.gz
     python -m tests.oracles.gguf_golden llama_cpp_python-0.3.36/vendor/llama.cpp
 
 (it also wants `pip install sentencepiece`). Kept: for every tensor its type, shape and the sha256 of its
 data; all keys of the header. The converter recognises a tokenizer by a hash over known ones, so it is told
-the pre type; everything else is its own doing.
+the pre type; everything else is its own doing. It reads a T5's tokenizer from a SentencePiece file alone and is told
+that there is none.
 """
 
 import hashlib
@@ -20,8 +21,11 @@ from typing import Any
 import torch
 
 from tests.exporters.tiny import CASES, Case, make_checkpoint
+from tests.exporters.tiny_t5 import T5_CASES, T5Case, make_t5
 
 GOLDEN = Path(__file__).with_name("gguf_golden.json")
+GOLDEN_T5 = Path(__file__).with_name("gguf_golden_t5.json")
+T5_NAMES = ("t5", "flan-t5", "codet5")
 # Of the folder and of its reader, not of the model.
 _LEFT_OUT = (
     "GGUF.",
@@ -33,7 +37,7 @@ _LEFT_OUT = (
 )
 
 
-def convert(converter: Path, case: Case, float_type: str, folder: Path) -> dict[str, Any]:
+def convert(converter: Path, case: Case | T5Case, float_type: str, folder: Path) -> dict[str, Any]:
     """What the converter writes for a case, described."""
     sys.path[:0] = [
         str(converter),
@@ -42,7 +46,8 @@ def convert(converter: Path, case: Case, float_type: str, folder: Path) -> dict[
     import gguf
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 
-    checkpoint = make_checkpoint(folder / "checkpoint", case)
+    is_t5 = isinstance(case, T5Case)
+    checkpoint = (make_t5 if is_t5 else make_checkpoint)(folder / "checkpoint", case)
     target = folder / "converted.gguf"
     file_type = getattr(
         gguf.LlamaFileType, "ALL_F32" if float_type == "f32" else f"MOSTLY_{float_type.upper()}"
@@ -50,7 +55,10 @@ def convert(converter: Path, case: Case, float_type: str, folder: Path) -> dict[
     with torch.inference_mode():
         parameters = ModelBase.load_hparams(checkpoint, False)
         model_class = get_model_class(get_model_architecture(parameters, ModelType.TEXT))
-        model_class.get_vocab_base_pre = lambda _self, _tokenizer: case.pre
+        if is_t5:
+            model_class.set_vocab = lambda self: self.gguf_writer.add_tokenizer_model("none")
+        else:
+            model_class.get_vocab_base_pre = lambda _self, _tokenizer: case.pre
         model_class(checkpoint, file_type, target).write()
     return describe(target)
 
@@ -90,8 +98,17 @@ def main(converter: Path) -> None:
         for float_type in ("f32", "f16", "bf16") if name in ("llama", "llama-bf16") else ("f32",):
             with tempfile.TemporaryDirectory() as folder:
                 golden[f"{name}/{float_type}"] = convert(converter, case, float_type, Path(folder))
+    _write(GOLDEN, golden)
+    t5 = {}
+    for name in T5_NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            t5[f"{name}/f32"] = convert(converter, T5_CASES[name], "f32", Path(folder))
+    _write(GOLDEN_T5, t5)
+
+
+def _write(file: Path, golden: dict[str, Any]) -> None:
     lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in golden.items())
-    GOLDEN.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
+    file.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ Output = Literal["nextn", "callback", "logits"]
 
 # Wide enough never to hide a position; the graph used for "nextn" segments insists on a window.
 _NO_WINDOW = 1 << 20
-_NO_TOKENIZER = {"tokenizer.ggml.model": string("none")}
+NO_TOKENIZER = {"tokenizer.ggml.model": string("none")}
 _HEAD_WIDTH = 32
 
 
@@ -60,6 +60,11 @@ def check_can_be_cut(model: GgufModel) -> None:
         CheckpointError: an architecture whose layers are not known to be self-contained, or missing tensors.
     """
     supported = sorted({mapping.arch for mapping in MAPPINGS.values()})
+    if model.arch == "t5":
+        raise CheckpointError(
+            f"{model.path}: an encoder-decoder as GGUF, which may lack the scale of the head's input",
+            hint="export the Hugging Face checkpoint that it was made from",
+        )
     if model.arch not in supported:
         raise CheckpointError(
             f"{model.path}: architecture {model.arch!r} cannot be cut, only {', '.join(supported)}"
@@ -77,12 +82,12 @@ def cut_period(arch: str) -> int:
     return max((mapping.nope_period for mapping in MAPPINGS.values() if mapping.arch == arch), default=0) or 1
 
 
-def plan_cuts(model: GgufModel, exits: tuple[int, ...]) -> tuple[Cut, ...]:
+def plan_cuts(model: GgufModel, exits: tuple[int, ...], num_layers: int) -> tuple[Cut, ...]:
     """Segments between the exits; inner ones leave without a callback wherever the architecture allows."""
     inner: Output = "nextn" if _fits_nextn(model) else "callback"
-    edges = (0, *exits, model.num_layers)
+    edges = (0, *exits, num_layers)
     return tuple(
-        Cut(first, stop, "logits" if stop == model.num_layers else inner) for first, stop in pairwise(edges)
+        Cut(first, stop, "logits" if stop == num_layers else inner) for first, stop in pairwise(edges)
     )
 
 
@@ -135,8 +140,15 @@ def write_draft_head(model: GgufModel, token_ids: NDArray[np.int32], path: Path)
             for name in ("attn_norm", "ffn_norm")
         ),
     ]
-    parts = [renamed(rows, "token_embd.weight"), *layer, model.parts["output_norm.weight"]]
-    write_parts(path, "llama", meta | _NO_TOKENIZER, parts)
+    norm = renamed(final_norm(model), "output_norm.weight")
+    parts = [renamed(rows, "token_embd.weight"), *layer, norm]
+    write_parts(path, "llama", meta | NO_TOKENIZER, parts)
+
+
+def final_norm(model: GgufModel) -> TensorPart:
+    """The gain of the norm before the head; of an encoder-decoder, the decoder's."""
+    name = "output_norm.weight"
+    return model.parts[name] if name in model.parts else model.parts[f"dec.{name}"]
 
 
 def _head(model: GgufModel) -> TensorPart:
@@ -149,6 +161,8 @@ def _fits_nextn(model: GgufModel) -> bool:
     That graph is llama.cpp's "mimo2": rotary embedding in halves without factors, no biases, no norms on Q
     and K.
     """
+    if model.arch != "llama":
+        return False
     kinds = {name.split(".", 2)[2] for name in model.parts if name.startswith("blk.")}
     plain = {f"{name}.weight" for name in ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")}
     plain |= {f"{name}.weight" for name in ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")}
@@ -159,7 +173,7 @@ def _fits_nextn(model: GgufModel) -> bool:
     odd = any(
         model.get(f"{model.arch}.{key}") for key in ("attention.scale", "logit_scale", "embedding_scale")
     )
-    return model.arch == "llama" and kinds == plain and full_rope and uniform and not scaled and not odd
+    return kinds == plain and full_rope and uniform and not scaled and not odd
 
 
 def _num_kv_heads(model: GgufModel) -> Any:
@@ -211,7 +225,7 @@ def _own_meta(model: GgufModel, cut: Cut) -> dict[str, MetaValue]:
             meta[key] = MetaValue(value.value[cut.first : cut.stop], value.type, value.element_type)
     meta[f"{model.arch}.block_count"] = uint32(cut.stop - cut.first)
     meta[f"{model.arch}.vocab_size"] = uint32(vocab)
-    return meta | _NO_TOKENIZER
+    return meta | NO_TOKENIZER
 
 
 def _nextn_meta(model: GgufModel, cut: Cut) -> dict[str, MetaValue]:
@@ -241,4 +255,4 @@ def _nextn_meta(model: GgufModel, cut: Cut) -> dict[str, MetaValue]:
     meta["mimo2.attention.layer_norm_rms_epsilon"] = float32(model.fact("attention.layer_norm_rms_epsilon"))
     meta["mimo2.rope.freq_base"] = float32(theta)
     meta["mimo2.rope.freq_base_swa"] = float32(theta)
-    return meta | _NO_TOKENIZER
+    return meta | NO_TOKENIZER

@@ -80,17 +80,37 @@ class WholeModel:
         if not 0 < count <= self.num_tokens:
             raise EngineError(f"{count} tokens at once: this context takes 1 to {self.num_tokens}")
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
-        batch = llama_cpp.llama_batch_init(count, 0, 1)
-        batch.n_tokens = count
-        for index, token in enumerate(tokens):
-            batch.token[index], batch.pos[index] = int(token), index
-            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
-        status = undisturbed(lambda: llama_cpp.llama_decode(self._context, batch))
-        llama_cpp.llama_batch_free(batch)
+        status = self._run(llama_cpp.llama_decode, tokens)
         if status != 0:
             raise EngineError(f"llama_decode returned {status}")
         pointer = llama_cpp.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(count, self.vocab_size)).copy()
+
+    def encode(self, source: Sequence[int]) -> None:
+        """Run an encoder-decoder's encoder; the tokens given to `logits` attend to what it gives.
+
+        Raises:
+            EngineError: a decoder alone, or llama.cpp refused.
+        """
+        count = len(source)
+        if not llama_cpp.llama_model_has_encoder(self._model):
+            raise EngineError("this model has no encoder")
+        if not 0 < count <= self.num_tokens:
+            raise EngineError(f"{count} tokens at once: this context takes 1 to {self.num_tokens}")
+        status = self._run(llama_cpp.llama_encode, source)
+        if status != 0:
+            raise EngineError(f"llama_encode returned {status}")
+
+    def _run(self, call: Callable[[Any, Any], int], tokens: Sequence[int]) -> int:
+        """`call` the tokens of a fresh sequence; its status."""
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for index, token in enumerate(tokens):
+            batch.token[index], batch.pos[index] = int(token), index
+            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+        status = undisturbed(lambda: call(self._context, batch))
+        llama_cpp.llama_batch_free(batch)
+        return status
 
     def close(self) -> None:
         """Free context and model."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import Checkpoint
+from skipstone.exporters.formats.gguf.layout import Source
 
 if TYPE_CHECKING:
     import torch
@@ -109,16 +110,6 @@ class Decoder:
     norm_eps: float
     tied: bool
     rope: Rope
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a GGUF tensor comes from: the checkpoint's tensor, and the heads to interleave its rows by (0:
-    none).
-    """
-
-    name: str
-    interleave_heads: int = 0
 
 
 def mapping_of(checkpoint: Checkpoint) -> Mapping:

@@ -132,7 +132,7 @@ def write_parts(path: Path, arch: str, meta: dict[str, MetaValue], parts: Iterab
         writer.close()
 
 
-def array_part(name: str, array: RawArray) -> TensorPart:
+def array_part(name: str, array: RawArray | list[float]) -> TensorPart:
     """A float32 array as a tensor."""
     data = np.ascontiguousarray(array, dtype=np.float32)
     return TensorPart(name, data.shape, gguf.GGMLQuantizationType.F32, lambda: data)
@@ -141,6 +141,20 @@ def array_part(name: str, array: RawArray) -> TensorPart:
 def zero_part(name: str, *shape: int) -> TensorPart:
     """A float32 tensor of zeros."""
     return TensorPart(name, shape, gguf.GGMLQuantizationType.F32, lambda: np.zeros(shape, np.float32))
+
+
+def zero_matrix(
+    name: str, rows: int, columns: int, kind: gguf.GGMLQuantizationType | None = None
+) -> TensorPart:
+    """A matrix of zeros; `kind` None: in the smallest type that its rows fit into, none of them rearranged for a matrix
+    unit when loaded.
+    """
+    kinds = (gguf.GGMLQuantizationType.Q1_0, gguf.GGMLQuantizationType.Q5_0, gguf.GGMLQuantizationType.F16)
+    if kind is None:
+        kind = next(kind for kind in kinds if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    row_bytes = columns // block * size
+    return TensorPart(name, (rows, columns), kind, lambda: np.zeros((rows, row_bytes), np.uint8))
 
 
 def renamed(part: TensorPart, name: str) -> TensorPart:

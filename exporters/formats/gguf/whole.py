@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import Checkpoint
+from skipstone.exporters.facts import DEFAULT_LENGTH
+from skipstone.exporters.formats.gguf.layout import Layout, Source
 from skipstone.exporters.formats.gguf.mapping import (
     Decoder,
-    Source,
     decoder_of,
     interleave_rows,
     mapping_of,
@@ -31,6 +32,7 @@ from skipstone.exporters.formats.gguf.parts import (
     uint32,
     write_parts,
 )
+from skipstone.exporters.formats.gguf.t5 import t5_layout
 
 _FLOAT_TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -45,6 +47,7 @@ def write_whole(
     float_type: str = "f32",
     *,
     tokenizer: dict[str, MetaValue] | None = None,
+    max_source_length: int = DEFAULT_LENGTH,
 ) -> None:
     """Write a checkpoint as one GGUF.
 
@@ -53,45 +56,61 @@ def write_whole(
         path: target.
         float_type: type of the matrices: f32, f16 or bf16; norms and biases are f32.
         tokenizer: `tokenizer.ggml.*` keys; None: the file says that it has no tokenizer.
+        max_source_length: tokens of an encoder's source at most.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape than the configuration says, or is left over.
     """
-    decoder = decoder_of(checkpoint)
+    layout = _layout_of(checkpoint, max_source_length)
     tensor_type, file_type = _FLOAT_TYPES[float_type]
-    arch = mapping_of(checkpoint).arch
     meta = {
         "general.type": string("model"),
         "general.name": string(checkpoint.name),
-        **_decoder_keys(arch, decoder),
+        **layout.keys,
         "general.file_type": uint32(int(file_type)),
         "general.quantization_version": uint32(gguf.GGML_QUANT_VERSION),
         **({"tokenizer.ggml.model": string("none")} if tokenizer is None else tokenizer),
     }
-    write_parts(path, arch, meta, _parts(checkpoint, decoder, tensor_type))
+    write_parts(path, layout.arch, meta, _parts(checkpoint, layout, tensor_type))
 
 
 def native_float_type(checkpoint: Checkpoint) -> str:
     """The smallest float type that loses nothing of the checkpoint's matrices: bf16, f16 or f32."""
     known = {"BF16": "bf16", "F16": "f16"}
-    matrices = [
-        s.name for n, s in tensor_sources(checkpoint, decoder_of(checkpoint)).items() if "norm" not in n
-    ]
-    types = {known.get(checkpoint.stored_type(name), "f32") for name in matrices if name.endswith("weight")}
+    layout = _layout_of(checkpoint)
+    matrices = [source.name for name, source in layout.sources.items() if _is_matrix(name, layout)]
+    types = {known.get(checkpoint.stored_type(name), "f32") for name in matrices}
     return types.pop() if len(types) == 1 else "f32"
 
 
+def _layout_of(checkpoint: Checkpoint, max_source_length: int = DEFAULT_LENGTH) -> Layout:
+    if checkpoint.is_encoder_decoder:
+        return t5_layout(checkpoint, max_source_length)
+    decoder, arch = decoder_of(checkpoint), mapping_of(checkpoint).arch
+    sources, factors, shapes = tensor_sources(checkpoint, decoder), rope_factors(decoder), _shapes(decoder)
+    return Layout(
+        arch=arch,
+        keys=_decoder_keys(arch, decoder),
+        sources=sources,
+        shapes={name: shapes[name.split(".", 2)[2] if name.startswith("blk.") else name] for name in sources},
+        made=() if factors is None else (array_part("rope_freqs.weight", factors),),
+        ignored=frozenset({"lm_head.weight"}),
+    )
+
+
+def _is_matrix(name: str, layout: Layout) -> bool:
+    """Whether a tensor is written in the chosen float type; a table of position biases, say, stays in f32."""
+    return len(layout.shapes[name]) == 2 and "attn_rel_b" not in name
+
+
 def _parts(
-    checkpoint: Checkpoint, decoder: Decoder, tensor_type: gguf.GGMLQuantizationType
+    checkpoint: Checkpoint, layout: Layout, tensor_type: gguf.GGMLQuantizationType
 ) -> list[TensorPart]:
-    sources = tensor_sources(checkpoint, decoder)
-    _refuse_left_overs(checkpoint, sources)
-    factors = rope_factors(decoder)
-    parts = [] if factors is None else [array_part("rope_freqs.weight", factors)]
-    shapes = _shapes(decoder)
-    for name, source in sources.items():
-        shape = shapes[name.split(".", 2)[2] if name.startswith("blk.") else name]
-        kind = tensor_type if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+    _refuse_left_overs(checkpoint, layout)
+    parts = list(layout.made)
+    for name, source in layout.sources.items():
+        shape = layout.shapes[name]
+        kind = tensor_type if _is_matrix(name, layout) else gguf.GGMLQuantizationType.F32
         parts.append(TensorPart(name, shape, kind, _reader(checkpoint, source, shape, kind)))
     return parts
 
@@ -108,15 +127,15 @@ def _reader(
             )
         if source.interleave_heads:
             weight = interleave_rows(weight, source.interleave_heads)
-        array: NDArray[np.float32] = weight.float().contiguous().numpy()
+        array: NDArray[np.float32] = (weight.float() * source.scale).contiguous().numpy()
         return np.asarray(gguf.quants.quantize(array, kind))
 
     return read
 
 
-def _refuse_left_overs(checkpoint: Checkpoint, sources: dict[str, Source]) -> None:
+def _refuse_left_overs(checkpoint: Checkpoint, layout: Layout) -> None:
     """A tensor that nobody reads would change the function silently (a bias, say)."""
-    known = {source.name for source in sources.values()} | {"lm_head.weight"}
+    known = {source.name for source in layout.sources.values()} | layout.ignored
     left = sorted(
         n for n in checkpoint.tensor_files if n not in known and not n.endswith("rotary_emb.inv_freq")
     )

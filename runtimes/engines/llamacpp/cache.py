@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.errors import ContextFullError
+from skipstone.errors import ContextFullError, EngineError
+from skipstone.runtimes.engines.base import Settled
 from skipstone.runtimes.engines.llamacpp.branches import CONTEXT, Branches
+from skipstone.runtimes.engines.llamacpp.cross import CrossLane
 from skipstone.runtimes.engines.llamacpp.embedding import EmbeddingTable
+from skipstone.runtimes.engines.llamacpp.encoder import SourceEncoder
 from skipstone.runtimes.engines.llamacpp.lane import Lane
 from skipstone.runtimes.rows import ROOT, RowTree
 
@@ -17,7 +21,9 @@ FloatArray = NDArray[np.float32]
 
 
 class LlamaCppCache:
-    """See `skipstone.runtimes.engines.base.Cache`."""
+    """See `skipstone.runtimes.engines.base.Cache`, and `SourceCache` where there is an encoder; all lanes are then
+    `CrossLane`s.
+    """
 
     def __init__(
         self,
@@ -28,12 +34,22 @@ class LlamaCppCache:
         context_length: int,
         max_width: int,
         max_branches: int,
+        encoder: SourceEncoder | None = None,
     ) -> None:
         self.context_length, self.max_width, self.max_branches = context_length, max_width, max_branches
         self._table, self._lanes, self._draft_head, self._tree = table, list(lanes), draft_head, tree
+        self._encoder = encoder
         self._branches = Branches(tree, max_branches)
         self._forked: list[set[int]] = [{CONTEXT} for _ in self._lanes]
         self._reach = [0] * len(self._lanes)  # positions in use per lane, rejected drafts included
+
+    def encode(self, source: Sequence[int], settled: Settled | None = None) -> int:
+        if self._encoder is None:
+            raise EngineError("this model is a decoder alone: it takes no source")
+        found = self._encoder.encode(self._table.rows(source), settled)
+        for lane in self._lanes:
+            cast("CrossLane", lane).take_in(found.hidden, found.normed)
+        return found.layers
 
     def embed(self, tokens: Sequence[int]) -> FloatArray:
         return self._table.rows(tokens)
@@ -87,6 +103,8 @@ class LlamaCppCache:
             lane.close()
         if self._draft_head is not None:
             self._draft_head.close()
+        if self._encoder is not None:
+            self._encoder.close()
 
     def _place(self, segment: int, rows: Sequence[int]) -> None:
         """Write the rows' sequences into the batch, forking those this lane has not seen."""
@@ -95,6 +113,8 @@ class LlamaCppCache:
         if branches.is_chain:
             lane.chain()
             return
+        if self._encoder is not None:
+            cast("CrossLane", lane).open_to_trees()
         forked = self._forked[segment]
         carried = [branches.carried(row) for row in rows]
         for branch in sorted({branch for row in carried for branch in row} - forked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,15 +12,19 @@ from skipstone.bundle import Bundle, gguf_manifest
 from skipstone.errors import BundleError, EngineError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.llamacpp.cache import LlamaCppCache
+from skipstone.runtimes.engines.llamacpp.cross import CrossLane
 from skipstone.runtimes.engines.llamacpp.embedding import EmbeddingTable
+from skipstone.runtimes.engines.llamacpp.encoder import SourceEncoder
 from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part
 from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, library
-from skipstone.runtimes.engines.llamacpp.threads import choose_threads
+from skipstone.runtimes.engines.llamacpp.threads import choose_encoder_threads, choose_threads
 from skipstone.runtimes.engines.llamacpp.trust import repacking_is_safe
 from skipstone.runtimes.rows import RowTree
 
 if TYPE_CHECKING:
     from skipstone.runtimes.engines import EngineOptions
+
+_SOURCE_BRANCHES = 32  # the source is tagged with every one of them
 
 
 class LlamaCppEngine:
@@ -49,6 +54,7 @@ class LlamaCppEngine:
         self.max_context_length = manifest.model.context_length
         self.draft_vocabulary: NDArray[np.int32] | None = None
         self._outputs = [segment.output for segment in manifest.segments]
+        self._encoder_parts: list[Part] = []
         self._table = EmbeddingTable(bundle.file(manifest.embedding.file), manifest.embedding)
         try:
             self._load(bundle, options)
@@ -69,9 +75,9 @@ class LlamaCppEngine:
         return self._lane_options.kv_type
 
     def open_cache(self, context_length: int, tree: RowTree) -> LlamaCppCache:
-        options = self._lane_options
+        options, lane_class = self._lane_options, self._lane_class
         lanes = [
-            Lane(part, out, context_length, options)
+            lane_class(part, out, context_length, options)
             for part, out in zip(self._parts, self._outputs, strict=True)
         ]
         head = None
@@ -79,22 +85,40 @@ class LlamaCppEngine:
             head = Lane(self._head, "logits", options.max_width, options)
             head.flags[:] = 1
             head.positions[:] = np.arange(options.max_width)
+        encoder = None
+        if self.encoder is not None:
+            stops = (*self.encoder.exits, self.encoder.num_layers)
+            encoder = SourceEncoder(self._encoder_parts, stops, options)
         return LlamaCppCache(
-            self._table, lanes, head, tree, context_length, options.max_width, options.max_branches
+            self._table, lanes, head, tree, context_length, options.max_width, options.max_branches, encoder
         )
 
+    @property
+    def _lane_class(self) -> type[Lane]:
+        return Lane if self.encoder is None else CrossLane
+
     def close(self) -> None:
-        for part in (*self._parts, self._head):
+        for part in (*self._encoder_parts, *self._parts, self._head):
             if part is not None:
                 part.close()
 
     def _load(self, bundle: Bundle, options: EngineOptions) -> None:
         manifest = gguf_manifest(bundle)
+        for source_entry in manifest.encoder_segments:
+            part = Part(bundle.file(source_entry.file), self._lane_options, gpu_layers=options.gpu_layers)
+            self._encoder_parts.append(part)
+            self._expect(part, part.hidden_size == self.hidden_size, f"hidden size {part.hidden_size}")
+            layers = source_entry.stop - source_entry.first
+            self._expect(part, part.num_layers == layers, f"{part.num_layers} layers")
+            self._expect(part, not part.has_decoder, "no segment of an encoder")
         for entry in manifest.segments:
             part = Part(bundle.file(entry.file), self._lane_options, gpu_layers=options.gpu_layers)
             self._parts.append(part)
             self._expect(part, part.hidden_size == self.hidden_size, f"hidden size {part.hidden_size}")
             self._expect(part, part.num_layers == entry.stop - entry.first, f"{part.num_layers} layers")
+            # llama.cpp aborts on an encoder's part that is to decode, and on rows that should have been given a source
+            kind = (part.has_encoder, part.has_decoder)
+            self._expect(part, kind == (self.encoder is not None, True), "no segment of such a decoder")
         last = self._parts[-1]
         self._expect(last, last.vocab_size == self.vocab_size, f"vocabulary of {last.vocab_size}")
         draft = manifest.draft_head
@@ -110,11 +134,12 @@ class LlamaCppEngine:
 
     def _choose_threads(self) -> None:
         """Give every segment, and the draft head, the threads that it is fastest with."""
-        parts = [*zip(self._parts, self._outputs, strict=True)]
+        for part in self._encoder_parts:
+            part.threads = choose_encoder_threads(part, self._lane_options)
+        for part, output in zip(self._parts, self._outputs, strict=True):
+            part.threads = choose_threads(part, output, self._lane_options, self._lane_class)
         if self._head is not None:
-            parts.append((self._head, "logits"))
-        for part, output in parts:
-            part.threads = choose_threads(part, output, self._lane_options)
+            self._head.threads = choose_threads(self._head, "logits", self._lane_options)
 
     def _expect(self, part: Part, holds: bool, found: str) -> None:
         if not holds:
@@ -133,4 +158,10 @@ def _lane_options(bundle: Bundle, options: EngineOptions) -> LaneOptions:
         raise UsageError(
             f"--kv-type {kv_type}: expected one of f16, f32", hint=f"ggml knows {', '.join(GGML_TYPES)}"
         )
-    return LaneOptions(threads=threads, kv_type=kv_type, extra_buffers=repacking_is_safe(bundle))
+    encoder = bundle.manifest.model.encoder
+    usual = LaneOptions(
+        threads=threads, kv_type=kv_type, extra_buffers=repacking_is_safe(bundle), exact=scheme == "f32"
+    )
+    if encoder is None:
+        return usual
+    return replace(usual, source_length=encoder.max_source_length, max_branches=_SOURCE_BRANCHES)

@@ -65,6 +65,8 @@ def library() -> Library:
         ctypes.c_size_t,
         ctypes.c_size_t,
     ]
+    base.ggml_backend_tensor_set.restype = None
+    base.ggml_backend_tensor_set.argtypes = base.ggml_backend_tensor_get.argtypes
     return Library(llama_cpp, llama_cpp_ext, base)
 
 

@@ -11,25 +11,30 @@ import time
 
 import numpy as np
 
+from skipstone.runtimes.engines.llamacpp.cross import CrossLane
+from skipstone.runtimes.engines.llamacpp.encoder import EncoderLane
 from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part, Threads
 
 _LARGEST_BYTES = 64_000_000
 _CONTEXT, _WIDTH, _REPEATS = 32, 8, 7
 
 
-def choose_threads(part: Part, output: str, options: LaneOptions) -> Threads:
+def choose_threads(part: Part, output: str, options: LaneOptions, lane_class: type[Lane] = Lane) -> Threads:
     """The faster of one thread and all of them, for single rows and for batches of eight; a tenth of a second.
 
     Args:
         part: its weights.
         output: how rows leave it.
         options: `threads` is all of them.
+        lane_class: `CrossLane` for a part of an encoder-decoder.
     """
-    if options.threads == 1 or part.path.stat().st_size > _LARGEST_BYTES:
+    if _keeps_all(part, options):
         return Threads(options.threads, options.threads)
     choices = (1, options.threads)
-    lane = Lane(part, output, 2 * options.max_width, options)
+    lane = lane_class(part, output, 2 * options.max_width, options)
     try:
+        if isinstance(lane, CrossLane):
+            lane.take_in_anything(min(_CONTEXT, options.source_length))
         seconds = [
             [[_seconds(lane, width, count) for count in choices] for width in (1, _WIDTH)]
             for _ in range(_REPEATS)
@@ -38,6 +43,31 @@ def choose_threads(part: Part, output: str, options: LaneOptions) -> Threads:
         lane.close()
     one, eight = np.median(seconds, axis=0)
     return Threads(choices[int(one.argmin())], choices[int(eight.argmin())])
+
+
+def choose_encoder_threads(part: Part, options: LaneOptions) -> Threads:
+    """The same for a segment of an encoder, which computes a source's rows at once."""
+    if _keeps_all(part, options):
+        return Threads(options.threads, options.threads)
+    choices = (1, options.threads)
+    lane = EncoderLane(part, options)
+    rows = np.ones((min(_CONTEXT, options.source_length), part.hidden_size), np.float32)
+    seconds = np.empty((_REPEATS, len(choices)))
+    try:
+        for repeat in range(_REPEATS):
+            for index, count in enumerate(choices):
+                lane.set_threads(count)
+                began = time.perf_counter()
+                lane.run(rows)
+                seconds[repeat, index] = time.perf_counter() - began
+    finally:
+        lane.close()
+    fastest = choices[int(np.median(seconds, axis=0).argmin())]
+    return Threads(fastest, fastest)
+
+
+def _keeps_all(part: Part, options: LaneOptions) -> bool:
+    return options.threads == 1 or part.path.stat().st_size > _LARGEST_BYTES
 
 
 def _seconds(lane: Lane, width: int, count: int) -> float:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -79,11 +80,16 @@ def _write(verdict: Path, safe: bool) -> None:
 
 def main(path: str) -> int:
     """Decode batches of several widths on repacked weights; 0 when every one gives finite rows."""
+    from skipstone.runtimes.engines.llamacpp.cross import CrossLane
     from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part
 
-    options = LaneOptions(threads=1, max_width=max(_WIDTHS), max_branches=2)
+    options = LaneOptions(threads=1, max_width=max(_WIDTHS), max_branches=2, source_length=max(_WIDTHS))
     part = Part(Path(path), options)
-    lane = Lane(part, "logits", 64, options)
+    if part.has_encoder:
+        lane: Lane = CrossLane(part, "logits", 64, options)
+        cast("CrossLane", lane).take_in_anything(max(_WIDTHS))
+    else:
+        lane = Lane(part, "logits", 64, options)
     lane.embeddings[:] = np.random.default_rng(0).standard_normal(lane.embeddings.shape, np.float32)
     lane.flags[:] = 1
     lane.positions[:] = np.arange(len(lane.positions))
