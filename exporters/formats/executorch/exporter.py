@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 
 from skipstone.bundle import (
     PROGRAM_INTERFACE,
+    SOURCE_PROGRAM_INTERFACE,
+    EncoderFacts,
     ExecuTorchManifest,
     MethodEntry,
     ModelFacts,
@@ -27,40 +29,42 @@ from skipstone.bundle import (
 from skipstone.errors import ExportError, UsageError
 from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
 from skipstone.exporters.draft_material import DraftMaterial, write_vocabulary
+from skipstone.exporters.encoder_decoder import Cuts, Limits
 from skipstone.exporters.exits import check_exits, default_exits, recorded_exits
 from skipstone.exporters.facts import (
     TOKENIZER_FILE,
     check_disk_space,
     checkpoint_facts,
+    encoder_facts,
     hash_checkpoint,
     load_tokenizer,
     num_weights,
 )
 from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse_options
-from skipstone.exporters.formats.executorch.calibration import calibrated
 from skipstone.exporters.formats.executorch.calibration_text import CalibrationText, read_calibration
+from skipstone.exporters.formats.executorch.decoder_program import DecoderProgram
 from skipstone.exporters.formats.executorch.lowering import lower
-from skipstone.exporters.formats.executorch.methods import Method, Shape, methods_of
-from skipstone.exporters.formats.executorch.modules import RowSegment, StaticKeyValues
+from skipstone.exporters.formats.executorch.methods import Method, Shape
 from skipstone.exporters.formats.executorch.program_cache import cache_key, fetch, keep
-from skipstone.exporters.formats.executorch.schemes import (
-    Mix,
-    parse_mix,
-    quantize_parts,
-    scheme_of,
-    weight_bytes,
+from skipstone.exporters.formats.executorch.schemes import Mix, parse_mix, scheme_of
+from skipstone.exporters.formats.executorch.source_program import (
+    SourceProgram,
+    code_hash,
+    cut_for_slots,
+    suited,
 )
 from skipstone.exporters.formats.executorch.targets import Target, target_of
-from skipstone.exporters.probe import probe_tokens
-from skipstone.exporters.segments import Parts, cut_decoder, load_decoder
+from skipstone.exporters.probe import probe_of
 from skipstone.runtimes.engines.executorch.backends import has_target
 from skipstone.runtimes.engines.executorch.program import method_names
 
 PROGRAM_FILE = "model.pte"
 MAX_WIDTH = 64
 _DEFAULT_CONTEXT = 512
+_LONGEST = 2048  # of an encoder-decoder's texts, which sets no limit of its own
 _EXACT_TOLERANCE = 1e-4
 _DEFAULT_TARGET = "xnnpack"
+_ORACLES = "skipstone.exporters.formats.executorch"
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,16 @@ class _Request:
     source_sha256: str
 
     @property
+    def interface(self) -> int:
+        """What the methods mean."""
+        return PROGRAM_INTERFACE if self.facts.encoder is None else SOURCE_PROGRAM_INTERFACE
+
+    @property
     def cache_key(self) -> str:
         """See `program_cache.cache_key`."""
         libraries = ("executorch", "torch", "torchao", "transformers")
+        encoder = self.facts.encoder
+        encoding = {} if encoder is None else {"encoder": encoder.model_dump(), "code": code_hash()}
         return cache_key(
             source=self.source_sha256,
             scheme=self.mix.scheme.name,
@@ -94,7 +105,18 @@ class _Request:
             draft_tokens=None if self.draft_tokens is None else self.draft_tokens.tolist(),
             target=self.target.name,
             versions=[importlib.metadata.version(name) for name in libraries],
+            **encoding,
         )
+
+
+class CutModel(Protocol):
+    """A model, cut, on its way into a program."""
+
+    def weight_bytes(self, mix: Mix) -> dict[str, int]:
+        """By method, bytes of weights that a call reads: all of its own, but for the embedding's rows. Asked first."""
+
+    def methods(self, mix: Mix, step: Callable[[str], None]) -> list[Method]:
+        """The methods, quantised."""
 
 
 def export_executorch(
@@ -117,7 +139,7 @@ def export_executorch(
     extra = [name for name in (vocabulary, draft_table) if name is not None]
     program = ProgramEntry(
         file=PROGRAM_FILE,
-        interface=PROGRAM_INTERFACE,
+        interface=request.interface,
         target=request.target.name,
         status="runs" if runs_here else "compiled",
         slots=request.shape.slots,
@@ -138,8 +160,8 @@ def export_executorch(
             bits_per_weight=8 * (folder / PROGRAM_FILE).stat().st_size / request.num_weights,
         ),
         files=(PROGRAM_FILE, *extra, TOKENIZER_FILE),
-        oracle=_oracle(checkpoint.path, calibration, scratch),
-        probe=probe_tokens(request.tokenizer, request.facts.vocab_size, request.facts.context_length),
+        oracle=_oracle(request, scratch),
+        probe=probe_of(request.tokenizer, request.facts),
         reference=checkpoint.path,
         min_agreement=mix.min_agreement,
         reference_tolerance=_EXACT_TOLERANCE if mix.exact else None,
@@ -158,10 +180,13 @@ def _check(source: str, options: ExportOptions, scratch: Path) -> _Request:
     tokenizer = load_tokenizer(checkpoint)
     weights = num_weights(checkpoint)
     check_disk_space(scratch, weights, 64.0)
-    context = _context_length(checkpoint.config, options.context_length)
-    facts = checkpoint_facts(checkpoint, tokenizer, context, weights)
+    encoder = encoder_facts(checkpoint, options.encoder_exits, options.max_source_length)
+    context = _context_length(checkpoint.config, options.context_length, encoder)
+    facts = checkpoint_facts(checkpoint, tokenizer, context, weights, encoder)
     mix = parse_mix(quantize, options.mix, facts.num_layers)
     target = target_of(options.target or _DEFAULT_TARGET, mix)
+    if encoder is not None:
+        target = suited(target, mix)
     wanted = recorded_exits(checkpoint.path, checkpoint.config) if options.exits is None else options.exits
     exits = check_exits(default_exits(facts.num_layers) if wanted is None else wanted, facts.num_layers)
     material = DraftMaterial.find(checkpoint.path, options.draft_text, tokenizer)
@@ -183,18 +208,13 @@ def _check(source: str, options: ExportOptions, scratch: Path) -> _Request:
 
 def _write_program(request: _Request, output: Path, step: Callable[[str], None]) -> tuple[MethodEntry, ...]:
     """Write the program, lowered now or before; its methods."""
-    slots = request.shape.slots
-    parts = cut_decoder(
-        load_decoder(request.checkpoint.path),
-        request.exits,
-        request.draft_tokens,
-        lambda shape: StaticKeyValues(shape, slots),
-        RowSegment,
-    )
-    sizes, key = _weight_bytes(parts, request.mix), request.cache_key
+    model = _cut(request)
+    sizes, key = model.weight_bytes(request.mix), request.cache_key
     delegated = fetch(key, output)
     if delegated is None:
-        delegated = _lower(request, parts, output, step)
+        step("quantise")
+        methods = model.methods(request.mix, step)
+        delegated = lower(methods, request.mix, request.target, output, step)
         keep(key, output, delegated)
     return tuple(
         MethodEntry(name=name, weight_bytes=sizes.get(name, 0), delegated=share)
@@ -202,15 +222,14 @@ def _write_program(request: _Request, output: Path, step: Callable[[str], None])
     )
 
 
-def _lower(request: _Request, parts: Parts, output: Path, step: Callable[[str], None]) -> dict[str, float]:
-    """Write the program; by method, the share of its nodes that is delegated."""
-    step("quantise")
-    quantize_parts(parts, request.mix)
-    methods: list[Method] = list(methods_of(parts, request.shape))
-    if request.calibration is not None:
-        step("calibrate")
-        methods = calibrated(methods, request.shape, request.calibration.tokens)
-    return lower(methods, request.mix, request.target, output, step)
+def _cut(request: _Request) -> CutModel:
+    folder, exits, draft_tokens = request.checkpoint.path, request.exits, request.draft_tokens
+    encoder, shape = request.facts.encoder, request.shape
+    if encoder is None:
+        return DecoderProgram(folder, exits, draft_tokens, shape, request.calibration)
+    limits = Limits(encoder.max_source_length, shape.slots)
+    parts = cut_for_slots(folder, Cuts(exits, encoder.exits), limits, draft_tokens)
+    return SourceProgram(parts, shape, limits.source)
 
 
 def _runs_here(program: Path, target: Target, methods: set[str]) -> bool:
@@ -230,34 +249,35 @@ def _runs_here(program: Path, target: Target, methods: set[str]) -> bool:
     return False
 
 
-def _weight_bytes(parts: Parts, mix: Mix) -> dict[str, int]:
-    """By method, bytes of weights that a call reads: all of its own, but for the embedding's one row."""
-    sizes = {
-        f"segment_{index}": sum(weight_bytes(layer, mix.of(part)) for part, layer in segment.layers.items())
-        for index, segment in enumerate(parts.segments)
-    }
-    sizes["head"] = weight_bytes(parts.head, mix.of("head"))
-    if parts.draft_head is not None:
-        sizes["draft_head"] = weight_bytes(parts.draft_head, mix.of("head"))
-    return sizes
+def _oracle(request: _Request, scratch: Path) -> Oracle:
+    arguments = {"checkpoint": str(request.checkpoint.path)}
+    if request.facts.encoder is not None:
+        return Oracle(f"{_ORACLES}.source_oracle:EagerEncoderDecoder", arguments)
+    if request.calibration is None:
+        return Oracle(f"{_ORACLES}.oracle:EagerDecoder", arguments)
+    arguments["calibration"] = str(request.calibration.save(scratch))
+    return Oracle(f"{_ORACLES}.oracle:CalibratedDecoder", arguments)
 
 
-def _oracle(checkpoint: Path, calibration: CalibrationText | None, scratch: Path) -> Oracle:
-    arguments = {"checkpoint": str(checkpoint)}
-    if calibration is None:
-        return Oracle("skipstone.exporters.formats.executorch.oracle:EagerDecoder", arguments)
-    arguments["calibration"] = str(calibration.save(scratch))
-    return Oracle("skipstone.exporters.formats.executorch.oracle:CalibratedDecoder", arguments)
-
-
-def _context_length(config: Any, wanted: int | None) -> int:
+def _context_length(config: Any, wanted: int | None, encoder: EncoderFacts | None) -> int:
     """Positions to plan K/V for: within what the model was trained for, and a sliding window that sees all of them.
 
     Raises:
-        UsageError: the model does not take so many, or they are fewer than the widest batch.
+        UsageError: the model does not take so many, or they are fewer than the widest batch; or longer sources than a
+            program is planned for.
     """
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    limit = int(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    if encoder is None:
+        window = (
+            getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        )
+        limit = int(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    else:
+        limit = _LONGEST
+        if encoder.max_source_length > limit:
+            raise UsageError(
+                f"--max-source-length {encoder.max_source_length}: a program takes at most {limit}",
+                hint="an encoder's memory grows with the square of it; split longer texts",
+            )
     context = min(limit, _DEFAULT_CONTEXT) if wanted is None else wanted
     if not MAX_WIDTH <= context <= limit:
         raise UsageError(f"--context-length {context}: this model takes {MAX_WIDTH} to {limit}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,23 @@ from skipstone.runtimes.rows import RowTree
 
 FloatArray = NDArray[np.float32]
 _HIDDEN = np.float32("-inf")
+
+
+@dataclass(frozen=True)
+class CacheLimits:
+    """What a cache can hold.
+
+    Attributes:
+        context_length: positions, drafts included.
+        slots: of the program's buffer.
+        max_width: of the program.
+        reference_width: least width that is run.
+    """
+
+    context_length: int
+    slots: int
+    max_width: int
+    reference_width: int
 
 
 class ExecuTorchCache:
@@ -28,10 +46,7 @@ class ExecuTorchCache:
         release: called with the program when the cache is closed.
         num_segments: methods `segment_0`, … of the program.
         tree: the session's rows.
-        context_length: positions.
-        slots: of the program's buffer.
-        max_width: of the program.
-        reference_width: least width that is run.
+        limits: what it can hold.
     """
 
     def __init__(
@@ -40,17 +55,14 @@ class ExecuTorchCache:
         release: Callable[[Program], None],
         num_segments: int,
         tree: RowTree,
-        *,
-        context_length: int,
-        slots: int,
-        max_width: int,
-        reference_width: int,
+        limits: CacheLimits,
     ) -> None:
-        self.context_length, self.max_width, self.max_branches = context_length, max_width, max_width
+        self.context_length, self.max_width = limits.context_length, limits.max_width
+        self.max_branches = limits.max_width
         self._program, self._release, self._tree = program, release, tree
-        self._last, self._slots, self._least = num_segments - 1, slots, reference_width
+        self._last, self._slots, self._least = num_segments - 1, limits.slots, limits.reference_width
         self._segment_names = tuple(f"segment_{index}" for index in range(num_segments))
-        self._batches: dict[int, _Batch] = {}
+        self._batches: dict[int, Batch] = {}
         self._open = True
 
     def embed(self, tokens: Sequence[int]) -> FloatArray:
@@ -65,25 +77,12 @@ class ExecuTorchCache:
                 f"{tree.base + len(tree)} positions: the session holds {self.context_length}",
                 hint="export with a longer --context-length or generate fewer tokens",
             )
-        batch, base, depths = self._batch(hidden), tree.base, tree.depths
+        batch, base = self._batch(hidden), tree.base
         width = batch.width
-        batch.positions[0, :count] = [base + depths[row] for row in rows]
         batch.slots[0, :count] = [base + row for row in rows]
         batch.slots[0, count:] = range(self._slots - (width - count), self._slots)
-        chain = _is_chain(tree, rows)
-        batch.start[0] = base + rows[0] if chain else 0
-        batch.tree[0] = not chain
-        mask = batch.unread if chain else self._mask(rows, width)
-        out = self._program.call(
-            self._segment_names[segment],
-            width,
-            batch.hidden,
-            batch.positions,
-            batch.slots,
-            batch.start,
-            mask,
-            batch.tree,
-        )[:count]
+        inputs = self._inputs(rows, batch)
+        out = self._program.call(self._segment_names[segment], width, batch.hidden, *inputs)[:count]
         if segment < self._last:
             return out
         asked = [out[index] for index in range(count) if wanted[index]]
@@ -113,18 +112,28 @@ class ExecuTorchCache:
         batch = self._batch(hidden)
         return self._program.call(method, batch.width, batch.hidden)[: len(hidden)]
 
-    def _batch(self, hidden: Sequence[FloatArray]) -> _Batch:
+    def _batch(self, hidden: Sequence[FloatArray]) -> Batch:
         """The arrays of the width that so many rows are run in, their hidden states filled in."""
         count = len(hidden)
         width = max(count, self._least)
         batch = self._batches.get(width)
         if batch is None:
-            batch = self._batches[width] = _Batch(width, len(hidden[0]))
+            batch = self._batches[width] = Batch(width, len(hidden[0]))
             self._program.pin(*batch.arrays)
         for index, state in enumerate(hidden):
             batch.hidden[0, index] = state
         batch.hidden[0, count:] = 0.0
         return batch
+
+    def _inputs(self, rows: Sequence[int], batch: Batch) -> tuple[NDArray[Any], ...]:
+        """What a segment's method takes beside the hidden states; the batch's slots are filled in."""
+        tree = self._tree
+        batch.positions[0, : len(rows)] = [tree.base + tree.depths[row] for row in rows]
+        chain = is_chain(tree, rows)
+        batch.start[0] = tree.base + rows[0] if chain else 0
+        batch.tree[0] = not chain
+        mask = batch.unread if chain else self._mask(rows, batch.width)
+        return batch.positions, batch.slots, batch.start, mask, batch.tree
 
     def _mask(self, rows: Sequence[int], width: int) -> FloatArray:
         """Where each row may look, up to the last slot of them; rows that only fill the batch up see the first one."""
@@ -137,7 +146,7 @@ class ExecuTorchCache:
         return mask
 
 
-class _Batch:
+class Batch:
     """The arguments of a segment's method for one width: made once, filled anew for every call.
 
     Args:
@@ -158,7 +167,7 @@ class _Batch:
         return self.hidden, self.positions, self.slots, self.start, self.tree, self.unread
 
 
-def _is_chain(tree: RowTree, rows: Sequence[int]) -> bool:
+def is_chain(tree: RowTree, rows: Sequence[int]) -> bool:
     """Whether the rows follow each other, and the first one everything before it."""
     first, depths, parents = rows[0], tree.depths, tree.parents
     return depths[first] == first and all(

@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 
 from skipstone.bundle import ExecuTorchManifest
-from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
+from skipstone.runtimes.engines.executorch.caches import open_cache
 from skipstone.runtimes.engines.executorch.program import Program
+from skipstone.runtimes.engines.executorch.source_cache import ExecuTorchSourceCache
 from skipstone.runtimes.rows import ROOT, RowTree
 
 Layout = Literal["chain", "tree"]
@@ -26,8 +27,8 @@ class MethodCalls:
     """
 
     def __init__(self, program: Program, manifest: ExecuTorchManifest) -> None:
-        self._program, self._entry, self._model = program, manifest.program, manifest.model
-        self._num_segments = len(manifest.exits) + 1
+        self._program, self._manifest = program, manifest
+        self._entry, self._model = manifest.program, manifest.model
         self._random = np.random.default_rng(0)
 
     def prepare(self, method: str, width: int, layout: Layout = "chain") -> Callable[[], object]:
@@ -35,9 +36,10 @@ class MethodCalls:
 
         Args:
             method: its name.
-            width: rows; fewer than the reference width are filled up, as while generating.
-            layout: of a segment's rows, behind a context of up to 64 positions: each after the one before, or a binary
-                tree beside another row, which takes the masked kernel.
+            width: rows, of a source for the methods of an encoder; fewer than the reference width are filled up, as
+                while generating.
+            layout: of a segment's rows, behind a context of up to 64 positions (and a source of as many tokens): each
+                after the one before, or a binary tree beside another row, which takes a decoder's masked kernel.
         """
         program, kind = self._program, method.partition("_")[0]
         if kind == "segment":
@@ -45,6 +47,8 @@ class MethodCalls:
         if kind == "compact":
             shift = min(1, self._entry.slots - width)
             return partial(program.compact, range(shift, shift + width), range(width))
+        if kind in ("encoder", "cross"):
+            return partial(program.call, method, width, self._hidden(width)[None])
         filled = max(width, self._entry.reference_width)
         if kind == "embed":
             tokens = self._random.integers(self._model.vocab_size, size=(1, filled))
@@ -60,18 +64,17 @@ class MethodCalls:
             row = number - aside
             parent = row - 1 if layout == "chain" else aside + (row - 1) // 2
             tree.add(number, parent if row > 0 else ROOT)
-        cache = ExecuTorchCache(
-            self._program,
-            lambda _program: None,
-            self._num_segments,
-            tree,
-            context_length=room,
-            slots=self._entry.slots,
-            max_width=self._entry.max_width,
-            reference_width=self._entry.reference_width,
-        )
+        cache = open_cache(self._program, self._manifest, tree, room, lambda _program: None)
+        if isinstance(cache, ExecuTorchSourceCache):
+            cache.encode(self._source())
         rows, hidden = range(aside, aside + width), list(self._hidden(width))
         return partial(cache.run, index, rows, hidden, [False] * width)
+
+    def _source(self) -> list[int]:
+        """As many tokens as there are positions in the context."""
+        encoder = self._model.encoder
+        count = _CONTEXT if encoder is None else min(_CONTEXT, encoder.max_source_length)
+        return [int(token) for token in self._random.integers(self._model.vocab_size, size=count)]
 
     def _hidden(self, width: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         return self._random.standard_normal((width, self._model.hidden_size), np.float32)

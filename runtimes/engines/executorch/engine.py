@@ -11,6 +11,7 @@ from skipstone.bundle import Bundle, executorch_manifest
 from skipstone.errors import BundleError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
+from skipstone.runtimes.engines.executorch.caches import open_cache
 from skipstone.runtimes.engines.executorch.native import native
 from skipstone.runtimes.engines.executorch.program import Program, check_header
 from skipstone.runtimes.engines.executorch.rehearsal import rehearse
@@ -44,7 +45,8 @@ class ExecuTorchEngine:
 
     def __init__(self, bundle: Bundle, options: EngineOptions, *, rehearsed: bool = False) -> None:
         manifest = executorch_manifest(bundle)
-        self._path, self._entry = bundle.file(manifest.program.file), manifest.program
+        self._manifest, self._entry = manifest, manifest.program
+        self._path = bundle.file(manifest.program.file)
         if options.gpu_layers:
             raise UsageError(
                 f"--gpu-layers {options.gpu_layers}: a program runs where it was lowered to ({self._entry.target})",
@@ -76,16 +78,7 @@ class ExecuTorchEngine:
 
     def open_cache(self, context_length: int, tree: RowTree) -> ExecuTorchCache:
         program = self._idle.pop() if self._idle else Program(self._path, self._entry, self.threads)
-        return ExecuTorchCache(
-            program,
-            self._idle.append,
-            len(self.exits),
-            tree,
-            context_length=context_length,
-            slots=self._entry.slots,
-            max_width=self._entry.max_width,
-            reference_width=self.reference_width,
-        )
+        return open_cache(program, self._manifest, tree, context_length, self._idle.append)
 
     def close(self) -> None:
         self._idle.clear()

@@ -138,7 +138,7 @@ def _first_calls(program: Program, manifest: ExecuTorchManifest) -> dict[str, Re
     """What the process grows by at every method's first call."""
     calls, found = MethodCalls(program, manifest), {}
     for name in in_order([method.name for method in manifest.program.methods]):
-        call = calls.prepare(name, manifest.program.max_width)
+        call = calls.prepare(name, program.widest(name))
         before = own_resident()
         call()
         found[name] = own_resident() - before

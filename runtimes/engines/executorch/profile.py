@@ -137,8 +137,8 @@ def profile_bundle(
 
 
 def in_order(methods: Sequence[str]) -> list[str]:
-    """Methods in the order of a pass: embedding, segments, heads, compaction."""
-    kinds = ("embed", "segment", "draft", "head", "compact")
+    """Methods in the order of a pass: embedding, encoder, segments, heads, compaction."""
+    kinds = ("embed", "encoder", "cross", "segment", "draft", "head", "compact")
 
     def place(name: str) -> tuple[int, int]:
         kind, _, number = name.partition("_")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import PROGRAM_INTERFACE, ProgramEntry
+from skipstone.bundle import ProgramEntry
 from skipstone.errors import BundleError, EngineError
 from skipstone.runtimes.engines.executorch.backends import check_target
 from skipstone.runtimes.engines.executorch.native import native
@@ -58,10 +58,10 @@ class Program:
         loading: Callable[[str], None] = lambda _name: None,
     ) -> None:
         self.path, self._entry = path, entry
-        if entry.interface != PROGRAM_INTERFACE:
+        if entry.interface != entry.called_interface:
             raise BundleError(
                 f"{path}: its methods follow interface {entry.interface}, this release calls interface "
-                f"{PROGRAM_INTERFACE}",
+                f"{entry.called_interface}",
                 hint="export the bundle again",
             )
         check_header(path)
@@ -87,6 +87,7 @@ class Program:
                 f"{path}: ExecuTorch cannot load it: {error}", hint="export the bundle again"
             ) from error
         self._program = program
+        self._widest = {name: signature.widest for name, signature in self.signatures.items()}
         self._pinned: dict[int, tuple[NDArray[Any], Any]] = {}
         _LIVE.add(self)
 
@@ -105,6 +106,10 @@ class Program:
                 hint="export the bundle again",
             ) from error
 
+    def widest(self, method: str) -> int:
+        """Most rows that a method takes."""
+        return self._widest[method]
+
     def call(self, method: str, width: int, *inputs: NDArray[Any]) -> FloatArray:
         """Run a method.
 
@@ -119,8 +124,9 @@ class Program:
         Raises:
             EngineError: a width the program was not made for, an array it cannot take, or ExecuTorch refused.
         """
-        if not 1 <= width <= self._entry.max_width:
-            raise EngineError(f"{method}: {width} rows, the program takes 1 to {self._entry.max_width}")
+        widest = self._widest[method]
+        if not 1 <= width <= widest:
+            raise EngineError(f"{method}: {width} rows, the program takes 1 to {widest}")
         pinned = self._pinned
         tensors = [
             pinned[id(array)][1] if id(array) in pinned else _as_tensor(method, array) for array in inputs

@@ -50,7 +50,7 @@ def rehearse(bundle: Bundle) -> None:
 
 
 def main(folder: str) -> int:
-    """What the rehearsing process does: a prompt, a tree to every exit, and one of its branches committed."""
+    """What the rehearsing process does: a source if it takes one, a prompt, a tree to every exit, a branch committed."""
     from skipstone.runtimes.engines import EngineOptions
     from skipstone.runtimes.engines.executorch.engine import ExecuTorchEngine
 
@@ -58,6 +58,8 @@ def main(folder: str) -> int:
         bundle = open_bundle(folder, verify_hashes=False)
         engine = ExecuTorchEngine(bundle, EngineOptions(threads=1), rehearsed=True)
         with Session(engine) as session:
+            if engine.encoder is not None:
+                session.encode([0] * engine.encoder.max_source_length)
             session.prefill([0] * min(session.max_width, session.context_length // 2))
             first, second = session.push([0, 1], [ROOT, ROOT])
             rows = [first, second, *session.push([0], [second])]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skipstone.bundle import ExecuTorchManifest
+from skipstone.bundle import EncoderFacts, ExecuTorchManifest
 from skipstone.errors import BundleError
 
 _INT64, _FLOAT32 = 4, 6  # ExecuTorch's numbers of the types
@@ -36,6 +36,11 @@ class Signature:
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
 
+    @property
+    def widest(self) -> int:
+        """Most rows the first input takes, [1, n, …] or [n]; 0 without inputs."""
+        return self.inputs[0].shape[:2][-1] if self.inputs and self.inputs[0].shape else 0
+
     def __str__(self) -> str:
         given, made = (", ".join(map(str, arrays)) or "nothing" for arrays in (self.inputs, self.outputs))
         return f"{given} → {made}"
@@ -55,10 +60,10 @@ def expected_signatures(manifest: ExecuTorchManifest, draft_rows: int) -> dict[s
         manifest: of the bundle.
         draft_rows: tokens in its draft vocabulary, 0 without one.
     """
-    width, slots = manifest.program.max_width, manifest.program.slots
+    width, encoder = manifest.program.max_width, manifest.model.encoder
     hidden = Array(_FLOAT32, (1, width, manifest.model.hidden_size))
-    row, rows, one = Array(_INT64, (width,)), Array(_INT64, (1, width)), Array(_INT64, (1,))
-    segment = Signature((hidden, rows, rows, one, Array(_FLOAT32, (width, slots)), one), (hidden,))
+    row, rows = Array(_INT64, (width,)), Array(_INT64, (1, width))
+    segment = _decoder_segment(manifest) if encoder is None else _source_segment(manifest, encoder)
     found = {
         "embed": Signature((rows,), (hidden,)),
         **{f"segment_{index}": segment for index in range(len(manifest.exits) + 1)},
@@ -67,7 +72,36 @@ def expected_signatures(manifest: ExecuTorchManifest, draft_rows: int) -> dict[s
     }
     if draft_rows:
         found["draft_head"] = Signature((hidden,), (Array(_FLOAT32, (1, width, draft_rows)),))
+    if encoder is not None:
+        found |= _encoder(encoder, width, manifest.model.hidden_size)
     return found
+
+
+def _decoder_segment(manifest: ExecuTorchManifest) -> Signature:
+    width, slots = manifest.program.max_width, manifest.program.slots
+    hidden, rows = Array(_FLOAT32, (1, width, manifest.model.hidden_size)), Array(_INT64, (1, width))
+    one = Array(_INT64, (1,))
+    return Signature((hidden, rows, rows, one, Array(_FLOAT32, (width, slots)), one), (hidden,))
+
+
+def _source_segment(manifest: ExecuTorchManifest, encoder: EncoderFacts) -> Signature:
+    """Of an encoder-decoder's decoder."""
+    width, slots = manifest.program.max_width, manifest.program.slots
+    hidden, rows = Array(_FLOAT32, (1, width, manifest.model.hidden_size)), Array(_INT64, (1, width))
+    distances, source = Array(_INT64, (width, slots)), Array(_INT64, (encoder.max_source_length,))
+    return Signature((hidden, rows, distances, source), (hidden,))
+
+
+def _encoder(encoder: EncoderFacts, width: int, hidden_size: int) -> dict[str, Signature]:
+    """What an encoder-decoder has beside a decoder's methods, and the embedding, which serves sources too."""
+    source = Array(_FLOAT32, (1, encoder.max_source_length, hidden_size))
+    longest = max(width, encoder.max_source_length)
+    tokens, embedded = Array(_INT64, (1, longest)), Array(_FLOAT32, (1, longest, hidden_size))
+    return {
+        "embed": Signature((tokens,), (embedded,)),
+        **{f"encoder_{index}": Signature((source,), (source,)) for index in range(len(encoder.exits) + 1)},
+        "cross": Signature((source,), (Array(_INT64, (1,)),)),
+    }
 
 
 def check_signatures(path: Path, found: Mapping[str, Signature], expected: Mapping[str, Signature]) -> None:

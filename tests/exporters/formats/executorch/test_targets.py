@@ -13,7 +13,7 @@ import torch
 
 from skipstone.bundle import Bundle, executorch_manifest, open_bundle
 from skipstone.errors import DeviceError, ExportError, UsageError
-from skipstone.exporters.formats.executorch import exporter
+from skipstone.exporters.formats.executorch import decoder_program, exporter
 from skipstone.exporters.formats.executorch.coreml import infer_rows
 from skipstone.exporters.formats.executorch.schemes import SCHEMES, parse_mix
 from skipstone.exporters.formats.executorch.targets import TARGETS, target_of
@@ -114,7 +114,7 @@ def test_a_refused_scheme_stops_the_export_before_anything_is_lowered(
     def never(*_arguments: object) -> None:
         raise AssertionError("cut")
 
-    monkeypatch.setattr(exporter, "cut_decoder", never)
+    monkeypatch.setattr(decoder_program, "cut_decoder", never)
     with pytest.raises(UsageError, match="the target coreml takes"):
         export(small, tmp_path / "out", "apple-coreml", "8da4w")
     assert not (tmp_path / "out").exists()

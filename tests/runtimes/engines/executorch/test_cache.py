@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
 
-from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
+from skipstone.runtimes.engines.executorch.cache import CacheLimits, ExecuTorchCache
 from skipstone.runtimes.engines.executorch.program import Program
 from skipstone.runtimes.rows import ROOT, RowTree
 from skipstone.runtimes.session import Session
@@ -97,10 +97,7 @@ class SlotEngine(ToyEngine):
             lambda _program: None,
             len(self.exits),
             tree,
-            context_length=context_length,
-            slots=slots,
-            max_width=WIDTH,
-            reference_width=self.reference_width,
+            CacheLimits(context_length, slots, WIDTH, self.reference_width),
         )
 
 
