@@ -4,6 +4,7 @@
     >>> curve.segments[0]        # seconds of segment 0 at each of curve.widths
 
 The figures are lower quartiles of interleaved runs, taken on the machine and at the thread count the engine runs with.
+Of an encoder-decoder it is the decoder's curve, behind a source of a sentence's length.
 """
 
 from __future__ import annotations
@@ -20,24 +21,36 @@ from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.session import Session
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-_PREFIX = 64
+WIDE = (*WIDTHS, 40, 48, 64)  # an encoder-decoder's source is drafted from as a whole
+_PREFIX, _SOURCE = 64, 32
 _MIN_REPEATS, _MAX_REPEATS = 3, 25
 _QUANTILE = 0.25  # interruptions only ever make a call slower
 
 
-def measure(engine: Engine, widths: Sequence[int] = WIDTHS, *, budget_seconds: float = 10.0) -> CostCurve:
-    """Measure every segment and the draft head at every width, after a context of 64 tokens.
+def measure(
+    engine: Engine, widths: Sequence[int] | None = None, *, budget_seconds: float = 10.0
+) -> CostCurve:
+    """Measure every segment and the draft head at every width.
+
+    A decoder is measured after a context of 64 tokens; an encoder-decoder behind a source of 32 tokens and after as many
+    of its own.
 
     Args:
         engine: weights; a cache of its own is opened and closed.
-        widths: rows per batch, ascending.
+        widths: rows per batch, ascending; None: up to 32, an encoder-decoder's up to 64.
         budget_seconds: about how long it may take; every point is measured at least three times.
     """
-    prefix = min(_PREFIX, engine.max_context_length // 2)
+    encoder = engine.encoder
+    widths = widths or (WIDTHS if encoder is None else WIDE)
+    prefix = min(_PREFIX if encoder is None else _SOURCE, engine.max_context_length // 2)
     with Session(engine, min(engine.max_context_length, prefix + max(widths) + 1)) as session:
         fitting = [
             width for width in widths if width <= min(session.max_width, session.context_length - prefix)
         ]
+        if encoder is not None:
+            session.encode(
+                [token % engine.vocab_size for token in range(min(_SOURCE, encoder.max_source_length))]
+            )
         session.prefill([index % engine.vocab_size for index in range(prefix)])
         began = time.perf_counter()
         _sweep(session, fitting)

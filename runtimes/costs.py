@@ -34,12 +34,21 @@ class CostModel:
         self._up_to: dict[int, list[float]] = dict(zip((0, *exits), sums.tolist(), strict=True))
         self._head: list[float] = head.tolist()
         self.last_exit = exits[-1]
+        self._spans: dict[tuple[int, int], list[float]] = {}
 
     def run(self, start: int, stop: int, width: int) -> float:
         """Seconds for `width` rows from layer `start` to layer `stop` (exits, or 0); past the grid it grows linearly."""
         measured = min(width, self.widest)
         seconds = self._up_to[stop][measured] - self._up_to[start][measured]
         return seconds * max(1.0, width / self.widest)
+
+    def _between(self, start: int, stop: int, most: int) -> list[float]:
+        """`run` for every width up to `most`; the index is the width."""
+        known = self._spans.get((start, stop))
+        if known is None or len(known) <= most:
+            known = [self.run(start, stop, width) for width in range(max(most, self.widest) + 1)]
+            self._spans[start, stop] = known
+        return known
 
     def draft(self, start: int, exit: int, width: int) -> float:
         """Seconds to bring `width` rows from `start` to an inner exit and through the draft head."""
@@ -79,10 +88,11 @@ class CostModel:
             ceiling: most seconds that drafting and verifying may take.
         """
         best, expected, waiting = 0, 1.0, 0
-        rate = 1.0 / (spent + self.run(start, self.last_exit, 1))
+        verify = self._between(start, self.last_exit, min(limit, len(scores)) + 1)
+        rate = 1.0 / (spent + verify[1])
         for count, score in enumerate(scores[:limit], 1):
             expected += score
-            seconds = spent + self.run(start, self.last_exit, count + 1)
+            seconds = spent + verify[count + 1]
             if behind and behind[count - 1]:
                 waiting += 1
             if waiting:

@@ -29,7 +29,6 @@ from skipstone.runtimes.verify import Verdict, accept_greedy, accept_sampled
 
 StopReason = Literal["length", "eos", "context", "stop"]
 _NO_TREE = TokenTree()
-_MOST_DRAFTS = 31  # verified at once; beyond, no measured curve has paid
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Outcome:
     drafted: int
     accepted: int
     seconds: float
-    observation: Observation | None = None
+    observation: Observation
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +118,13 @@ class FixedPolicy:
 
     def begin(self, prompt: Sequence[int], session: Session) -> None:
         if self.drafter is not None:
-            self.drafter.reset(prompt)
+            self.drafter.reset(prompt, session.source)
 
     def next(self) -> Choice:
         return Choice(self.drafter)
 
     def learn(self, outcome: Outcome) -> None:
-        if self.drafter is not None and outcome.observation is not None:
+        if self.drafter is not None:
             self.drafter.observe(outcome.observation)
 
 
@@ -195,7 +194,8 @@ class _Run:
         session, began = self._session, time.perf_counter()
         # drafters may compute rows that are not verified in the end: half the room is theirs
         room = min((session.room - 1) // 2, session.max_branches - 1)
-        limit = min(self._limits.max_new_tokens - self.emitted - 1, room, _MOST_DRAFTS)
+        measured = self._costs.widest - 1
+        limit = min(self._limits.max_new_tokens - self.emitted - 1, room, measured)
         choice = self._policy.next() if limit > 0 else Choice()
         drafter, tree = choice.drafter, _NO_TREE
         if drafter is not None:
@@ -215,8 +215,7 @@ class _Run:
         tokens = (*(tree.tokens[node] for node in accepted), verdict.token)
         verified = time.perf_counter()
         step = self._emit(tokens, len(accepted), tree, accepted, drafter, drafted - began, verified - drafted)
-        scored = [self._context[-len(tokens) - 1], *tree.tokens] if len(tokens) == len(step.tokens) else []
-        self._learn(drafter, tree, verdict, step, scored, logits)
+        self._learn(drafter, tree, verdict, step, logits)
         return step
 
     def _accept(self, tree: TokenTree, logits: Sequence[NDArray[np.float32]]) -> Verdict:
@@ -270,14 +269,13 @@ class _Run:
         tree: TokenTree,
         verdict: Verdict,
         step: Step,
-        scored: Sequence[int],
         logits: Sequence[NDArray[np.float32]],
     ) -> None:
-        observation = None
-        if scored:
-            observation = Observation(self._context, len(step.tokens), tree, verdict.accepted, scored, logits)
+        fresh, accepted = len(step.tokens), verdict.accepted[: step.accepted]
+        scored = [self._context[-fresh - 1], *tree.tokens]
+        observation = Observation(self._context, fresh, tree, accepted, scored, logits)
         seconds = step.draft_seconds + step.verify_seconds
-        self._policy.learn(Outcome(drafter, len(tree), len(verdict.accepted), seconds, observation))
+        self._policy.learn(Outcome(drafter, len(tree), len(accepted), seconds, observation))
 
 
 def _refused(tree: TokenTree, path: Sequence[int]) -> tuple[int, ...]:

@@ -15,18 +15,24 @@ to an early exit first and to the last one afterwards: the rows continue where t
     >>> early, = session.advance([row], exit=2)        # draft head at exit 2
     >>> final, = session.advance([row], exit=12)       # continues from layer 2
     >>> session.commit(row)
+
+An encoder-decoder's rows are the decoder's. Before the first of them it is given a source:
+
+    >>> session.encode(source)                         # the encoder, once; the rows attend to what it gives
+    >>> logits = session.prefill([start_token])
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.errors import ContextFullError, UsageError
-from skipstone.runtimes.engines.base import Engine
+from skipstone.runtimes.engines.base import Engine, Settled, SourceCache
 from skipstone.runtimes.rows import ROOT, RowTree
 
 FloatArray = NDArray[np.float32]
@@ -56,12 +62,24 @@ class Session:
         self._rows = RowTree()
         self._tokens: list[int] = []
         self._logits: dict[tuple[int, int], FloatArray] = {}
+        self._source: tuple[int, ...] = ()
+        self._encoder_layers = 0
         self._cache = engine.open_cache(length, self._rows)
 
     @property
     def tokens(self) -> Sequence[int]:
         """The committed tokens. Read-only view."""
         return self._tokens
+
+    @property
+    def source(self) -> tuple[int, ...]:
+        """What an encoder-decoder's rows attend to; empty before `encode`, and always of a decoder alone."""
+        return self._source
+
+    @property
+    def encoder_layers(self) -> int:
+        """How many layers of the encoder were run over the source."""
+        return self._encoder_layers
 
     @property
     def length(self) -> int:
@@ -93,6 +111,27 @@ class Session:
         """Most leaves an uncommitted tree may have."""
         return self._cache.max_branches
 
+    def encode(self, source: Sequence[int], settled: Settled | None = None) -> int:
+        """Give an encoder-decoder its source: the encoder runs once, and a new sequence begins.
+
+        Args:
+            source: token ids.
+            settled: asked at every inner exit of the encoder whether to stop there; None: never.
+
+        Returns:
+            How many layers of the encoder were run.
+
+        Raises:
+            UsageError: a decoder alone, an empty source, or a token outside the vocabulary; nothing has changed.
+            ContextFullError: a source longer than the encoder takes; nothing has changed.
+        """
+        self._check_source(source)
+        self.rewind(0)
+        self._source, self._encoder_layers = (), 0  # a cache that refuses has lost what it held
+        self._encoder_layers = cast(SourceCache, self._cache).encode(source, settled)
+        self._source = tuple(source)
+        return self._encoder_layers
+
     def push(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[int]:
         """Add rows; nothing is computed.
 
@@ -105,8 +144,13 @@ class Session:
             The rows' ids. A row equal to an existing one (same parent, same token) is that row.
 
         Raises:
-            UsageError: a token outside the vocabulary, or a parent that is neither the tip nor uncommitted.
+            UsageError: a token outside the vocabulary, a parent that is neither the tip nor uncommitted, or an
+                encoder-decoder without a source.
         """
+        if self.engine.encoder is not None and not self._source:
+            raise UsageError(
+                "this model is an encoder-decoder and has no source yet", hint="encode one first"
+            )
         self._check_tokens(tokens)
         rows: list[int] = []
         parent = tip = self._rows.tip
@@ -190,7 +234,7 @@ class Session:
             Logits [vocab_size] after its last token.
 
         Raises:
-            UsageError: an empty prompt, or a token outside the vocabulary.
+            UsageError: an empty prompt, a token outside the vocabulary, or an encoder-decoder without a source.
             ContextFullError: a prompt that does not fit; nothing has changed.
         """
         if not tokens:
@@ -230,6 +274,21 @@ class Session:
         if rows and not 0 <= min(rows) <= max(rows) < len(self._rows):
             raise UsageError(f"rows {min(rows)} to {max(rows)}: there are {len(self._rows)} rows")
         return target
+
+    def _check_source(self, source: Sequence[int]) -> None:
+        encoder = self.engine.encoder
+        if encoder is None:
+            raise UsageError(
+                "this model is a decoder alone: it takes no source", hint="pass a prompt instead"
+            )
+        if not source:
+            raise UsageError("the source is empty", hint="pass at least one token")
+        if len(source) > encoder.max_source_length:
+            raise ContextFullError(
+                f"source of {len(source)} tokens: the encoder takes {encoder.max_source_length}",
+                hint="split the text, at its sentences say",
+            )
+        self._check_tokens(source)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         if tokens and not 0 <= min(tokens) <= max(tokens) < self.engine.vocab_size:

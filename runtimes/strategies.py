@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from skipstone.errors import UsageError
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters import text_drafter
+from skipstone.runtimes.drafters.aggressive import AggressiveDrafter, Guide
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.draft_model import DraftModelMaker
 from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
+from skipstone.runtimes.drafters.gated import GatedDrafter
 from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.drafters.mixed import MixedDrafter
 from skipstone.runtimes.drafters.ngram import NGramDrafter
@@ -29,12 +31,15 @@ class StrategyOptions:
         num_assistant_tokens: longest draft.
         assistant_confidence_threshold: stop a draft when the drafting model's probability falls under it.
         prompt_lookup_num_tokens: longest copied draft.
+        guide: a text that the output may resemble: a template, a passage that was retrieved. Aggressive drafts are
+            copied from it, and from an encoder-decoder's source in any case.
     """
 
     assistant_early_exit: int | None = None
     num_assistant_tokens: int | None = None
     assistant_confidence_threshold: float | None = None
     prompt_lookup_num_tokens: int | None = None
+    guide: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -45,6 +50,8 @@ class StrategyOptions:
         threshold = self.assistant_confidence_threshold
         if threshold is not None and not 0 <= threshold < 1:
             raise UsageError(f"--assistant-confidence-threshold {threshold}: expected a value in [0, 1)")
+        if self.guide == "":
+            raise UsageError("--guide: the text is empty", hint="leave --guide out, or pass some text")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Materials:
         options: the user's.
         table: the bundle's n-gram table, or None.
         draft_model: makes the draft model's drafter with a given source and shape, or None without a draft model.
+        guide: gives the tokens of the user's guide, or None without one.
     """
 
     engine: Engine
@@ -64,10 +72,21 @@ class Materials:
     options: StrategyOptions
     table: NGramTable | None = None
     draft_model: DraftModelMaker | None = None
+    guide: Guide | None = None
+
+    def guided(self) -> list[Drafter]:
+        """What copies from a text that the output may resemble: an encoder-decoder's source, the user's guide."""
+        parts: list[Drafter] = []
+        if self.engine.encoder is not None:
+            parts.append(AggressiveDrafter())
+        if self.guide is not None:
+            parts.append(AggressiveDrafter(self.guide, "guide"))
+        return parts
 
     def text_source(self) -> Drafter:
         """The cheapest stage: everything that drafts from text alone, merged."""
         parts = [
+            *self.guided(),
             text_drafter("prompt-lookup", self.engine.vocab_size),
             text_drafter("recycling", self.engine.vocab_size),
         ]
@@ -94,6 +113,17 @@ def _plain(_materials: Materials) -> Policy:
 
 def _prompt_lookup(materials: Materials) -> Policy:
     return FixedPolicy(NGramDrafter(length=materials.options.prompt_lookup_num_tokens or 10))
+
+
+def _aggressive(materials: Materials) -> Policy:
+    """Copies of the guides, cut to the length that pays."""
+    parts = materials.guided()
+    if not parts:
+        raise UsageError(
+            "--strategy aggressive: a decoder alone has no source to copy from",
+            hint="pass a text with --guide",
+        )
+    return FixedPolicy(GatedDrafter(parts[0] if len(parts) == 1 else MixedDrafter(parts)))
 
 
 def _text(names: str) -> Callable[[Materials], Policy]:
@@ -123,6 +153,7 @@ def _auto(materials: Materials) -> Policy:
 STRATEGIES: dict[str, Callable[[Materials], Policy]] = {
     "auto": _auto,
     "plain": _plain,
+    "aggressive": _aggressive,
     "layerskip": _layerskip,
     "staged": _staged,
     "prompt-lookup": _prompt_lookup,

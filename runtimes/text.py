@@ -36,9 +36,17 @@ class TextCodec:
         self._bos = bos_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens in the text are recognised."""
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Token ids of a prompt; special tokens in the text are recognised."""
+        ids = self.tokens(text)
         return [self._bos, *ids] if self._bos is not None else ids
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of the text alone; special tokens in it are recognised."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def source(self, text: str) -> list[int]:
+        """Token ids of an encoder's source, with what the tokenizer itself puts around a text (T5: its end token)."""
+        return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""

@@ -9,6 +9,9 @@
     for chunk in model.stream("class Stack:", max_new_tokens=64):
         print(chunk.text, end="", flush=True)
 
+An encoder-decoder is given a source to read instead, `model.generate(source="Their is a eror here.")`, and a prompt only
+where its output is to begin with given words.
+
 Costs are measured when a speculating strategy is first used, so the first such call takes about two seconds more.
 """
 
@@ -17,94 +20,39 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 from skipstone.bundle import Bundle, open_bundle
 from skipstone.devices.cost import measure
 from skipstone.errors import BundleError, UsageError
+from skipstone.inputs import ModelInput, Text, encode_input
+from skipstone.results import Chunk, Collector, GenerationResult, GenerationStats
+from skipstone.runtimes.adaptive import AdaptiveOptions, generate_adaptively
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftModelMaker, check_vocabularies
 from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.drafters.table import NGramTable
 from skipstone.runtimes.engines import EngineOptions, open_engine
-from skipstone.runtimes.generate import GenerationLimits, Policy, Step, StopReason, generate
+from skipstone.runtimes.engines.base import Settled
+from skipstone.runtimes.generate import GenerationLimits, Policy, generate
 from skipstone.runtimes.prefix import common_prefix_length
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
-from skipstone.runtimes.text import StopFinder, TextCodec
+from skipstone.runtimes.text import TextCodec
+
+__all__ = [
+    "Chunk",
+    "GenerationResult",
+    "GenerationStats",
+    "Model",
+    "load_draft_table",
+    "load_model",
+    "open_draft_bundle",
+]
 
 _COST_BUDGET_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class GenerationStats:
-    """Figures of one generation.
-
-    Attributes:
-        strategy: as asked for.
-        prompt_tokens, new_tokens: counts.
-        rounds: verification passes of the target after the first token.
-        drafted, accepted: draft tokens verified, and of these accepted.
-        time_to_first_token: seconds, prefill included.
-        seconds: whole generation.
-        rounds_by_drafter: rounds per drafter; "" stands for plain rounds.
-    """
-
-    strategy: str
-    prompt_tokens: int
-    new_tokens: int
-    rounds: int
-    drafted: int
-    accepted: int
-    time_to_first_token: float
-    seconds: float
-    rounds_by_drafter: dict[str, int]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens after the first, per second of decoding."""
-        decoding = self.seconds - self.time_to_first_token
-        return (self.new_tokens - 1) / decoding if decoding > 0 and self.new_tokens > 1 else 0.0
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Accepted drafts plus the bonus token, per verification."""
-        return (self.new_tokens - 1) / self.rounds if self.rounds else 1.0
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted share of the drafted tokens."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """A finished generation: `text` and `tokens` are what was generated, the prompt left out."""
-
-    text: str
-    tokens: tuple[int, ...]
-    stop_reason: StopReason
-    stats: GenerationStats
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of streamed text.
-
-    Attributes:
-        text: new text; pieces joined give the result's text.
-        tokens: the tokens of this round.
-        accepted: how many of them, from the first on, were accepted drafts.
-        rejected: text of the refused draft path, for display.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    accepted: int
-    rejected: str
 
 
 class Model:
@@ -135,7 +83,8 @@ class Model:
             self.engine.close()
             raise
         self._costs: CostModel | None = None
-        self._policies: dict[tuple[str, StrategyOptions, str | None], Policy] = {}
+        self._policies: dict[tuple[str, StrategyOptions, str | None, bool], Policy] = {}
+        self._guide: tuple[int, ...] = ()
         self._drafters: list[Drafter] = []
         self.last_result: GenerationResult | None = None
 
@@ -149,8 +98,9 @@ class Model:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Text | None = None,
         *,
+        source: Text | None = None,
         max_new_tokens: int = 128,
         strategy: str = "auto",
         sampling: SamplingConfig | None = None,
@@ -158,11 +108,13 @@ class Model:
         options: StrategyOptions | None = None,
         assistant_model: str | None = None,
         ignore_eos: bool = False,
+        adaptive: AdaptiveOptions | None = None,
     ) -> GenerationResult:
-        """Generate after a prompt.
+        """Generate after a prompt, or from a source.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, or token ids; what an encoder-decoder's output begins with, if anything.
+            source: text, or token ids, that an encoder-decoder reads.
             max_new_tokens: at most so many.
             strategy: see `skipstone.runtimes.strategies.STRATEGIES`; `auto` measures and decides.
             sampling: how tokens are chosen; greedy by default.
@@ -170,12 +122,15 @@ class Model:
             options: what to fix of the strategy.
             assistant_model: folder of a draft model's bundle, for strategy `draft-model`.
             ignore_eos: go on after an end-of-text token.
+            adaptive: where to stop early, at the price of an output that may differ; None: nowhere.
 
         Raises:
-            UsageError, ContextFullError: the arguments cannot work; the model stays usable.
+            UsageError, ContextFullError: the arguments cannot work; the model stays usable. For sources longer than
+                the encoder takes see `skipstone.sentences`.
         """
         for _ in self.stream(
             prompt,
+            source=source,
             max_new_tokens=max_new_tokens,
             strategy=strategy,
             sampling=sampling,
@@ -183,6 +138,7 @@ class Model:
             options=options,
             assistant_model=assistant_model,
             ignore_eos=ignore_eos,
+            adaptive=adaptive,
         ):
             pass
         if self.last_result is None:
@@ -191,8 +147,9 @@ class Model:
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Text | None = None,
         *,
+        source: Text | None = None,
         max_new_tokens: int = 128,
         strategy: str = "auto",
         sampling: SamplingConfig | None = None,
@@ -200,25 +157,30 @@ class Model:
         options: StrategyOptions | None = None,
         assistant_model: str | None = None,
         ignore_eos: bool = False,
+        adaptive: AdaptiveOptions | None = None,
     ) -> Iterator[Chunk]:
         """As `generate`, piece by piece; `last_result` holds the result afterwards.
 
-        No piece ends inside a character. The part of the context that two prompts share is not computed again.
-        An abandoned iterator leaves the model usable.
+        No piece ends inside a character. The part of the context that two prompts share is not computed again, and a
+        source that comes again is not read again. An abandoned iterator leaves the model usable.
         """
-        tokens = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not tokens:
-            raise UsageError("the prompt is empty", hint="pass some text with --prompt")
+        given = encode_input(self.codec, self.bundle.manifest.model, prompt, source)
+        adaptive = adaptive or AdaptiveOptions()
         eos = () if ignore_eos else self.bundle.manifest.model.eos_token_ids
         limits = GenerationLimits(max_new_tokens, eos)
         sampler = Sampler(sampling or SamplingConfig())
+        if adaptive.early_exit_margin is not None:
+            _check_adaptive(strategy, sampler)
         policy = self.policy(strategy, options, assistant_model)
         costs = self.costs
         self.last_result = None
         began = time.perf_counter()
-        rest = self._reuse_prefix(tokens)
-        steps = generate(self.session, rest, policy, sampler, limits, costs)
-        collector = _Collector(self.codec, stop, strategy, len(tokens), began)
+        rest = self._take_in(given, adaptive.settled)
+        if adaptive.early_exit_margin is None:
+            steps = generate(self.session, rest, policy, sampler, limits, costs)
+        else:
+            steps = generate_adaptively(self.session, rest, adaptive.early_exit_margin, limits)
+        collector = Collector(self.codec, stop, strategy, given, began)
         try:
             for step in steps:
                 yield collector.push(step)
@@ -226,20 +188,27 @@ class Model:
                     break
         finally:
             steps.close()
-            kept = len(tokens) + len(collector.tokens) - 1
+            kept = len(given.prompt) + len(collector.tokens) - 1
             self.session.rewind(min(self.session.length, max(0, kept)))
-        tail, self.last_result = collector.finish()
+        tail, self.last_result = collector.finish(
+            self.session.encoder_layers, lossy=adaptive != AdaptiveOptions()
+        )
         if tail:
             yield Chunk(tail, (), 0, "")
 
     def policy(
         self, strategy: str, options: StrategyOptions | None = None, assistant_model: str | None = None
     ) -> Policy:
-        """The policy of a strategy; made once, so that what it learned serves the next generation too."""
-        key = (strategy, options or StrategyOptions(), assistant_model)
+        """The policy of a strategy; made once, so that what it learned serves the next generation too, with another
+        guide if need be.
+        """
+        options = options or StrategyOptions()
+        self._guide = () if options.guide is None else tuple(self.codec.tokens(options.guide))
+        guide = None if options.guide is None else lambda: self._guide
+        key = (strategy, replace(options, guide=None), assistant_model, guide is not None)
         if key not in self._policies:
             maker = None if assistant_model is None else self._draft_model_maker(assistant_model)
-            materials = Materials(self.engine, self.costs, key[1], self._table, maker)
+            materials = Materials(self.engine, self.costs, options, self._table, maker, guide)
             self._policies[key] = make_policy(strategy, materials)
         return self._policies[key]
 
@@ -256,20 +225,35 @@ class Model:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def _reuse_prefix(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Keep the committed tokens a prompt begins with; returns the rest of the prompt (at least one token)."""
-        common = min(common_prefix_length(self.session.tokens, tokens), len(tokens) - 1)
+    def enter(self, prompt: Text | None = None, source: Text | None = None) -> Sequence[int]:
+        """Ready the session for other ways to decode (`skipstone.beams`): the source is read, what can be kept is kept.
+
+        Returns:
+            The rest of the prompt's tokens, at least one, for `Session.prefill`.
+
+        Raises:
+            UsageError, ContextFullError: as `generate`.
+        """
+        return self._take_in(encode_input(self.codec, self.bundle.manifest.model, prompt, source))
+
+    def _take_in(self, given: ModelInput, settled: Settled | None = None) -> Sequence[int]:
+        """Read the source, unless it was the one before; keep the committed tokens that the prompt begins with.
+
+        Returns:
+            The rest of the prompt, at least one token.
+        """
+        encoder = self.engine.encoder
+        whole = encoder is None or self.session.encoder_layers == encoder.num_layers
+        if given.source != self.session.source or settled is not None or not whole:
+            given.enter(self.session, settled)
+        common = min(common_prefix_length(self.session.tokens, given.prompt), len(given.prompt) - 1)
         self.session.rewind(common)
-        return tokens[common:]
+        return given.prompt[common:]
 
     def _draft_model_maker(self, path: str) -> DraftModelMaker:
         """Opens the draft model's bundle and checks its vocabulary; returns what makes its drafter."""
-        bundle = open_bundle(path)
+        bundle = open_draft_bundle(path, self.bundle, self.codec)
         facts = bundle.manifest.model
-        codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size)
-        check_vocabularies(
-            self.codec.vocabulary(), codec.vocabulary(), str(self.bundle.path), str(bundle.path)
-        )
         engine = open_engine(bundle, EngineOptions(threads=getattr(self.engine, "threads", None)))
         session = Session(engine, min(facts.context_length, self.session.context_length))
         costs = CostModel(measure(engine, budget_seconds=_COST_BUDGET_SECONDS), engine.exits)
@@ -280,6 +264,44 @@ class Model:
             return drafter
 
         return make
+
+
+def _check_adaptive(strategy: str, sampler: Sampler) -> None:
+    """Refuse what does not go with leaving the decoder early.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if strategy not in ("auto", "plain"):
+        raise UsageError(f"--early-exit-margin: does not go with --strategy {strategy}", hint="leave one out")
+    if not sampler.greedy or sampler.uses_history:
+        raise UsageError(
+            "--early-exit-margin: decodes greedily", hint="leave --temperature and --repetition-penalty out"
+        )
+
+
+def open_draft_bundle(path: str, target: Bundle, codec: TextCodec) -> Bundle:
+    """The bundle of a draft model for `target`.
+
+    Args:
+        path: its folder.
+        target: the target's bundle.
+        codec: the target's tokenizer.
+
+    Raises:
+        VocabularyMismatchError: its tokens are not the target's.
+        UsageError: it is an encoder-decoder, and the target has no source that it could read.
+    """
+    bundle = open_bundle(path)
+    facts = bundle.manifest.model
+    if facts.encoder is not None and target.manifest.model.encoder is None:
+        raise UsageError(
+            f"--assistant-model {path}: an encoder-decoder cannot draft for a decoder alone",
+            hint="pass a decoder's bundle",
+        )
+    drafts = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size)
+    check_vocabularies(codec.vocabulary(), drafts.vocabulary(), str(target.path), str(bundle.path))
+    return bundle
 
 
 def load_draft_table(bundle: Bundle) -> NGramTable | None:
@@ -294,66 +316,6 @@ def load_draft_table(bundle: Bundle) -> NGramTable | None:
             hint="export the bundle again",
         )
     return table
-
-
-class _Collector:
-    """Turns steps into chunks and, at the end, the result."""
-
-    def __init__(
-        self, codec: TextCodec, stop: Sequence[str], strategy: str, prompt_tokens: int, began: float
-    ) -> None:
-        self._codec, self._stream, self._stops = codec, codec.stream(), StopFinder(stop)
-        self._strategy, self._prompt_tokens, self._began = strategy, prompt_tokens, began
-        self._text: list[str] = []
-        self._rounds: dict[str, int] = {}
-        self._drafted = self._accepted = 0
-        self._first = 0.0
-        self.tokens: list[int] = []
-        self.stop_reason: Literal["stop"] | None = None
-        self._ended: StopReason = "length"
-
-    def push(self, step: Step) -> Chunk:
-        """Chunk of one step; sets `stop_reason` when a stop string is complete."""
-        now = time.perf_counter()
-        if not self.tokens:
-            self._first = now - self._began
-        else:
-            self._rounds[step.drafter] = self._rounds.get(step.drafter, 0) + 1
-        self._drafted += step.drafted
-        self._accepted += step.accepted
-        self._ended = step.stop or self._ended
-        pieces, used = [], 0
-        for token in step.tokens:
-            used += 1
-            piece, stopped = self._stops.push(self._stream.push(token))
-            pieces.append(piece)
-            if stopped:
-                self.stop_reason = "stop"
-                break
-        self.tokens += step.tokens[:used]
-        self._text += pieces
-        rejected = self._codec.decode(step.rejected) if step.rejected else ""
-        return Chunk("".join(pieces), step.tokens[:used], min(step.accepted, used), rejected)
-
-    def finish(self) -> tuple[str, GenerationResult]:
-        """Text held back so far, and the result."""
-        tail = ""
-        if self.stop_reason is None:
-            tail = "".join(self._stops.push(self._stream.flush())[:1]) + self._stops.flush()
-            self._text.append(tail)
-        stats = GenerationStats(
-            strategy=self._strategy,
-            prompt_tokens=self._prompt_tokens,
-            new_tokens=len(self.tokens),
-            rounds=sum(self._rounds.values()),
-            drafted=self._drafted,
-            accepted=self._accepted,
-            time_to_first_token=self._first,
-            seconds=time.perf_counter() - self._began,
-            rounds_by_drafter=dict(self._rounds),
-        )
-        reason = self.stop_reason or self._ended
-        return tail, GenerationResult("".join(self._text), tuple(self.tokens), reason, stats)
 
 
 def load_model(

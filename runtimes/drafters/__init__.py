@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from skipstone.runtimes.drafters.aggressive import AggressiveDrafter
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.katz import KatzDrafter
 from skipstone.runtimes.drafters.mixed import MixedDrafter
@@ -12,6 +13,7 @@ from skipstone.runtimes.drafters.recycling import RecyclingDrafter
 
 # Drafters that need nothing but the text: by name, made for a vocabulary of the given size.
 TEXT_DRAFTERS: dict[str, Callable[[int], Drafter]] = {
+    "aggressive": lambda _vocab_size: AggressiveDrafter(),
     "prompt-lookup": lambda _vocab_size: NGramDrafter(),
     "katz": lambda _vocab_size: KatzDrafter(),
     "recycling": RecyclingDrafter,

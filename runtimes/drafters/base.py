@@ -78,8 +78,8 @@ class Drafter(Protocol):
     def name(self) -> str:
         """Short name for statistics."""
 
-    def reset(self, prompt: Sequence[int]) -> None:
-        """A new sequence begins with these tokens."""
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
+        """A new sequence begins with these tokens; an encoder-decoder's is about `source`."""
 
     def propose(self, request: DraftRequest) -> TokenTree:
         """A tree of continuations of `request.context`, at most `request.limit` nodes; may be empty."""

@@ -1,7 +1,7 @@
 """A separate draft model with its own session (arXiv 2211.17192), itself drafted for if a source is given.
 
 The draft session follows the target's context: it is rewound to the common prefix and catches up on new tokens in one
-batch. Drafts grow as an early exit's do.
+batch. Drafts grow as an early exit's do. Of an encoder-decoder it reads the target's source with an encoder of its own.
 """
 
 from __future__ import annotations
@@ -45,17 +45,23 @@ class DraftModelDrafter:
         self._session, self._costs, self._source = session, costs, source
         self._options = options or GrowthOptions()
         self._grower = Grower(source, self._options)
+        self._fits = True
         self._ids = np.arange(session.engine.vocab_size, dtype=np.int32)
         self.name = f"{source.name} → {name}" if source else name
 
-    def reset(self, prompt: Sequence[int]) -> None:
-        self._session.discard()
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
+        session, encoder = self._session, self._session.engine.encoder
+        session.discard()
+        self._fits = encoder is None or len(source) <= encoder.max_source_length
+        if encoder is not None and self._fits:
+            session.encode(source)
         if self._source is not None:
-            self._source.reset(prompt)
+            self._source.reset(prompt, source)
 
     def propose(self, request: DraftRequest) -> TokenTree:
         session, last = self._session, self._session.exits[-1]
-        if len(request.context) + request.limit + self._options.guesses >= session.context_length:
+        room = session.context_length - request.limit - self._options.guesses
+        if not self._fits or len(request.context) >= room:
             return TokenTree()
         self._follow(request.context[:-1])
         (root,) = session.push(request.context[-1:])

@@ -32,9 +32,9 @@ class EarlyExitDrafter:
         self._grower = Grower(source, options or GrowthOptions())
         self.name = f"{source.name} → exit {exit}" if source else f"exit {exit}"
 
-    def reset(self, prompt: Sequence[int]) -> None:
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
         if self._source is not None:
-            self._source.reset(prompt)
+            self._source.reset(prompt, source)
 
     def propose(self, request: DraftRequest) -> TokenTree:
         session = request.session

@@ -28,8 +28,8 @@ class GatedDrafter:
         self._promised = self._accepted = _PRIOR
         self._promise = 0.0
 
-    def reset(self, prompt: Sequence[int]) -> None:
-        self._source.reset(prompt)
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
+        self._source.reset(prompt, source)
 
     def propose(self, request: DraftRequest) -> TokenTree:
         costs, self._promise = request.costs, 0.0

@@ -1,4 +1,4 @@
-"""A trigram model with Katz back-off, counted from the context and everything generated.
+"""A trigram model with Katz back-off, counted from the context, an encoder-decoder's source and everything generated.
 
 P(w | u v) = (c(u v w) − d) / c(u v) where the trigram was seen, else α(u v) · P(w | v), and so on down to single
 tokens; the mass freed by the discount d goes to the unseen (Katz 1987, with absolute discounting). The draft is the
@@ -26,10 +26,11 @@ class KatzDrafter:
     def __init__(self) -> None:
         self.reset(())
 
-    def reset(self, prompt: Sequence[int]) -> None:
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
+        self._before = len(source)  # tokens of the text that the context does not hold
         self._text: list[int] = []
         self._counts: dict[tuple[int, ...], Counter[int]] = {}
-        self._extend(prompt)
+        self._extend([*source, *prompt])
 
     def propose(self, request: DraftRequest) -> TokenTree:
         return most_probable_paths(
@@ -41,7 +42,7 @@ class KatzDrafter:
         )
 
     def observe(self, observation: Observation) -> None:
-        self._extend(observation.context[len(self._text) :])
+        self._extend(observation.context[len(self._text) - self._before :])
 
     def close(self) -> None:
         return None

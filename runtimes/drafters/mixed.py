@@ -19,9 +19,9 @@ class MixedDrafter:
         self._parts = tuple(parts)
         self.name = "+".join(part.name for part in parts)
 
-    def reset(self, prompt: Sequence[int]) -> None:
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
         for part in self._parts:
-            part.reset(prompt)
+            part.reset(prompt, source)
 
     def propose(self, request: DraftRequest) -> TokenTree:
         trees = [tree for part in self._parts if len(tree := part.propose(request))]

@@ -2,7 +2,8 @@
 
 The longest suffix of the context that occurred before is looked up, longest n first; what followed its latest
 occurrence is the draft, what followed an earlier one with another next token becomes a second branch. How much each
-suffix length can be trusted is learned from what verification accepts.
+suffix length can be trusted is learned from what verification accepts. An encoder-decoder's source counts as text
+before the context.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ class NGramDrafter:
         self._proposed: list[tuple[int, int]] = []
         self.reset(())
 
-    def reset(self, prompt: Sequence[int]) -> None:
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
+        self._before = list(source)
         self._text: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}
-        self._extend(prompt)
+        self._extend([*source, *prompt])
 
     def propose(self, request: DraftRequest) -> TokenTree:
         tree, self._proposed = TokenTree(), []
-        text = request.context  # may run ahead of what is certain: looked up, not remembered
+        # may run ahead of what is certain: looked up, not remembered
+        text = [*self._before, *request.context] if self._before else request.context
         for n in range(min(self._longest, len(text) - 1), 0, -1):
             seen: set[int] = set()
             for place in reversed(self._places.get(tuple(text[-n:]), ())):
@@ -61,7 +64,7 @@ class NGramDrafter:
             n, token = self._proposed[0]
             self._trust[n] += _LEARNING * ((token == after) - self._trust[n])
         self._proposed = []
-        self._extend(observation.context[len(self._text) :])
+        self._extend(observation.context[len(self._text) - len(self._before) :])
 
     def close(self) -> None:
         return None

@@ -8,7 +8,7 @@ paper's adjacency matrix, section 3.1). The draft is the tree of its most probab
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +38,9 @@ class RecyclingDrafter:
         self._matrix: NDArray[np.int32] = np.full((vocab_size, self._successors), _UNSEEN, np.int32)
         self._trust = list(_PRIOR[: self._successors])
 
-    def reset(self, prompt: Sequence[int]) -> None:
-        """Only the bigrams of the prompt itself are entered; the matrix stays."""
-        for token, following in pairwise(prompt):
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
+        """Only the bigrams of prompt and source are entered; the matrix stays."""
+        for token, following in chain(pairwise(prompt), pairwise(source)):
             if self._matrix[token, 0] == _UNSEEN:
                 self._matrix[token, 0] = following
 

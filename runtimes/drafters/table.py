@@ -144,7 +144,7 @@ class TableDrafter:
         self._table = table
         self._trust = dict.fromkeys((0, *ORDERS), 1.0)
 
-    def reset(self, prompt: Sequence[int]) -> None:
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
         return None
 
     def propose(self, request: DraftRequest) -> TokenTree:

@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.bundle import EncoderFacts
-from skipstone.errors import CheckpointError, ContextFullError, EngineError, UsageError
+from skipstone.errors import EngineError
+from skipstone.runtimes.engines.eager_parts import SlotCache, layer_edges, load_float32, to_numpy, to_torch
 from skipstone.runtimes.rows import RowTree
-
-if TYPE_CHECKING:
-    import torch
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
-
-_WIDTH = 512
-_BRANCHES = 512
 
 
 class EagerEngine:
@@ -54,15 +48,9 @@ class EagerEngine:
             raise EngineError(
                 f"{type(model).__name__} is not built as a plain decoder ({', '.join(parts)}, lm_head)"
             )
-        num_layers = len(decoder.layers)
-        edges = (*exits, num_layers)
-        if sorted(set(edges)) != list(edges) or edges[0] < 1:
-            raise UsageError(
-                f"exits {tuple(exits)}: ascending numbers from 1 to {num_layers - 1} were expected"
-            )
         config = model.config
         self.model, self.decoder = model, decoder
-        self.exits: tuple[int, ...] = edges
+        self.exits: tuple[int, ...] = layer_edges(exits, len(decoder.layers))
         self.hidden_size, self.vocab_size = int(config.hidden_size), int(config.vocab_size)
         window = (
             getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -82,20 +70,9 @@ class EagerEngine:
         Raises:
             CheckpointError: the folder holds no causal language model that transformers can load.
         """
-        import torch
         from transformers import AutoModelForCausalLM
 
-        if not (Path(path) / "config.json").is_file():
-            raise CheckpointError(
-                f"{path}: no config.json found", hint="pass a Hugging Face checkpoint folder"
-            )
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="eager"
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: transformers cannot load it: {error}") from error
-        return cls(model.eval(), exits, draft_vocabulary)
+        return cls(load_float32(path, AutoModelForCausalLM), exits, draft_vocabulary)
 
     def open_cache(self, context_length: int, tree: RowTree) -> EagerCache:
         return EagerCache(self, context_length, tree)
@@ -104,27 +81,18 @@ class EagerEngine:
         """Nothing to free: torch's memory goes with the object."""
 
 
-class EagerCache:
-    """K/V in one tensor per layer with a slot per position or row; see
-    `skipstone.runtimes.engines.base.Cache`.
-
-    Positions below `tree.base` lie in the slots of their number; row r lies in slot base + r. A row sees the
-    slots below base, its ancestors' and its own.
-    """
-
-    max_width = _WIDTH
-    max_branches = _BRANCHES
+class EagerCache(SlotCache):
+    """See `skipstone.runtimes.engines.base.Cache`."""
 
     def __init__(self, engine: EagerEngine, context_length: int, tree: RowTree) -> None:
-        self.context_length = context_length
-        self._engine, self._tree = engine, tree
-        self._store = _SlotStore(context_length)
+        super().__init__(context_length, tree)
+        self._engine = engine
 
     def embed(self, tokens: Sequence[int]) -> FloatArray:
         import torch
 
         with torch.no_grad():
-            return _to_numpy(self._engine.decoder.embed_tokens(torch.tensor(list(tokens))))
+            return to_numpy(self._engine.decoder.embed_tokens(torch.tensor(list(tokens))))
 
     def run(
         self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]
@@ -132,17 +100,12 @@ class EagerCache:
         import torch
 
         tree, engine = self._tree, self._engine
-        if tree.base + len(tree) > self.context_length:
-            raise ContextFullError(
-                f"{tree.base + len(tree)} positions: the session holds {self.context_length}",
-                hint="raise --context-length or generate fewer tokens",
-            )
+        self._take_slots(rows)
         first = engine.exits[segment - 1] if segment else 0
         with torch.no_grad():
-            state = _to_torch(np.stack(list(hidden)))[None]
+            state = to_torch(np.stack(list(hidden)))[None]
             positions = torch.tensor([[tree.position(row) for row in rows]])
             rotary = engine.decoder.rotary_emb(state, positions)
-            self._store.slots = torch.tensor([tree.base + row for row in rows])
             mask = self._mask(rows)
             for layer in engine.decoder.layers[first : engine.exits[segment]]:
                 state = layer(
@@ -154,9 +117,9 @@ class EagerCache:
                     position_embeddings=rotary,
                 )
             if segment < len(engine.exits) - 1:
-                return _to_numpy(state[0])
+                return to_numpy(state[0])
             kept = state[0][torch.tensor(list(wanted), dtype=torch.bool)]
-            return _to_numpy(engine.model.lm_head(engine.decoder.norm(kept)))
+            return to_numpy(engine.model.lm_head(engine.decoder.norm(kept)))
 
     def draft_logits(self, hidden: Sequence[FloatArray]) -> FloatArray:
         import torch
@@ -165,73 +128,5 @@ class EagerCache:
         if engine.draft_vocabulary is None:
             raise EngineError("this engine was made without inner exits and so has no draft head")
         with torch.no_grad():
-            logits = engine.model.lm_head(engine.decoder.norm(_to_torch(np.stack(list(hidden)))))
-            return _to_numpy(logits[:, torch.from_numpy(engine.draft_vocabulary.astype(np.int64))])
-
-    def commit(self, path: Sequence[int]) -> None:
-        tree = self._tree
-        self._store.move([tree.base + row for row in path], [tree.position(row) for row in path])
-
-    def rewind(self, length: int) -> None:
-        """Nothing to do: slots at and past `length` are out of every row's sight until they are written
-        again.
-        """
-
-    def close(self) -> None:
-        self._store.layers.clear()
-
-    def _mask(self, rows: Sequence[int]) -> torch.Tensor:
-        """What is added to the attention scores, [1, 1, n, slots]: 0 where a row may look, else the lowest
-        float.
-        """
-        import torch
-
-        tree = self._tree
-        mask = torch.full((len(rows), self.context_length), torch.finfo(torch.float32).min)
-        mask[:, : tree.base] = 0.0
-        for index, row in enumerate(rows):
-            mask[index, [tree.base + ancestor for ancestor in tree.path(row)]] = 0.0
-        return mask[None, None]
-
-
-class _SlotStore:
-    """Stands where transformers expects its cache: `update` writes the batch's K/V into its slots and returns
-    all.
-    """
-
-    def __init__(self, num_slots: int) -> None:
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.slots: torch.Tensor
-        self._num_slots = num_slots
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_args: object, **_kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the batch, [1, heads, n, head_dim], into the slots; returns [1, heads, slots,
-        head_dim].
-        """
-        if layer not in self.layers:
-            shape = (1, key.shape[1], self._num_slots)
-            self.layers[layer] = (
-                key.new_zeros((*shape, key.shape[3])),
-                value.new_zeros((*shape, value.shape[3])),
-            )
-        keys, values = self.layers[layer]
-        keys[:, :, self.slots], values[:, :, self.slots] = key, value
-        return keys, values
-
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy slots to slots, all read before any is written."""
-        for keys, values in self.layers.values():
-            keys[:, :, list(targets)] = keys[:, :, list(sources)]
-            values[:, :, list(targets)] = values[:, :, list(sources)]
-
-
-def _to_torch(array: FloatArray) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(array, np.float32))
-
-
-def _to_numpy(tensor: torch.Tensor) -> FloatArray:
-    return np.array(tensor.numpy(), np.float32)
+            logits = engine.model.lm_head(engine.decoder.norm(to_torch(np.stack(list(hidden)))))
+            return to_numpy(logits[:, torch.from_numpy(engine.draft_vocabulary.astype(np.int64))])

@@ -14,6 +14,7 @@ import numpy as np
 
 from skipstone.benchmark.measure import Sample
 from skipstone.errors import EngineError, UsageError
+from skipstone.inputs import ModelInput
 from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, library
 
 _BATCH = 512
@@ -40,7 +41,7 @@ class BaselineOptions:
 class Baseline(Protocol):
     """A runner that holds weights. Greedy."""
 
-    def __call__(self, prompt: Sequence[int]) -> Sample: ...
+    def __call__(self, given: ModelInput) -> Sample: ...
 
     def close(self) -> None:
         """Free everything. Idempotent."""
@@ -75,7 +76,8 @@ class LlamaDecodeLoop:
         self._batch = llama.llama_batch_init(_BATCH, 0, 1)
         self._vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
 
-    def __call__(self, prompt: Sequence[int]) -> Sample:
+    def __call__(self, given: ModelInput) -> Sample:
+        prompt = given.prompt
         self._llama.llama_memory_clear(self._memory, False)
         began = time.perf_counter()
         for start in range(0, len(prompt), _BATCH):
@@ -138,7 +140,7 @@ class CreateCompletion:
             raise EngineError(f"{options.path}: {error}", hint="pass a whole GGUF") from error
         self._limit = max_new_tokens
 
-    def __call__(self, prompt: Sequence[int]) -> Sample:
+    def __call__(self, given: ModelInput) -> Sample:
         self._llama.reset()
         times: list[float] = []
 
@@ -148,7 +150,7 @@ class CreateCompletion:
 
         began = time.perf_counter()
         self._llama.create_completion(
-            list(prompt),
+            list(given.prompt),
             max_tokens=self._limit,
             temperature=0.0,
             stopping_criteria=self._module.StoppingCriteriaList([tick]),

@@ -15,7 +15,10 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-LogitsAfter = Callable[[Sequence[int]], NDArray[np.float32]]
+from skipstone.inputs import ModelInput
+
+# (input, tokens generated from it) → logits [vocab_size] of what comes next, by plain decoding
+LogitsAfter = Callable[[ModelInput, Sequence[int]], NDArray[np.float32]]
 
 
 class Match(Enum):
@@ -44,7 +47,7 @@ def first_difference(plain: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def compare(
-    prompt: Sequence[int],
+    given: ModelInput,
     plain: Sequence[int],
     other: Sequence[int],
     logits_after: LogitsAfter,
@@ -53,10 +56,10 @@ def compare(
     """Compare one output with plain decoding's.
 
     Args:
-        prompt: token ids.
+        given: the input.
         plain: plain decoding's output.
         other: the strategy's output.
-        logits_after: logits [vocab_size] after a context, by plain decoding.
+        logits_after: see `LogitsAfter`.
         margin: largest gap of logits that still counts as a tie.
     """
     at = first_difference(plain, other)
@@ -64,29 +67,29 @@ def compare(
         return Match.IDENTICAL
     if at >= min(len(plain), len(other)):
         return Match.OTHER  # equal tokens, then one of them just ended
-    logits = logits_after([*prompt, *plain[:at]])
+    logits = logits_after(given, plain[:at])
     gap = float(logits.max() - min(logits[plain[at]], logits[other[at]]))
     return Match.NEAR_TIE if gap <= margin else Match.OTHER
 
 
 def agreement(
-    prompts: Sequence[Sequence[int]],
+    inputs: Sequence[ModelInput],
     plain: Sequence[Sequence[int]],
     others: Sequence[Sequence[Sequence[int]]],
     logits_after: LogitsAfter,
     margin: float,
 ) -> Agreement:
-    """Compare all outputs; a prompt counts as the worst of its repeats.
+    """Compare all outputs; an input counts as the worst of its repeats.
 
     Args:
-        prompts: token ids by prompt.
-        plain: plain decoding's output by prompt.
-        others: the strategy's outputs, by repeat and prompt.
-        logits_after: logits [vocab_size] after a context, by plain decoding.
+        inputs: token ids.
+        plain: plain decoding's output by input.
+        others: the strategy's outputs, by repeat and input.
+        logits_after: see `LogitsAfter`.
         margin: largest gap of logits that still counts as a tie.
     """
     counts = dict.fromkeys(Match, 0)
-    for index, prompt in enumerate(prompts):
-        found = (compare(prompt, plain[index], passed[index], logits_after, margin) for passed in others)
+    for index, given in enumerate(inputs):
+        found = (compare(given, plain[index], passed[index], logits_after, margin) for passed in others)
         counts[max(found, key=lambda match: match.value)] += 1
     return Agreement(counts[Match.IDENTICAL], counts[Match.NEAR_TIE], counts[Match.OTHER])

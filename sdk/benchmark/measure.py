@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from skipstone.benchmark.subject import Subject
+from skipstone.inputs import ModelInput
 from skipstone.runtimes.generate import GenerationLimits, Policy, generate
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 
@@ -18,7 +19,7 @@ class Sample:
 
     Attributes:
         tokens: what was generated.
-        first_seconds: until the first token, prefill included.
+        first_seconds: until the first token; prefill is part of it, and an encoder-decoder's reading of its source.
         decode_seconds: from the first token to the last.
         rounds: verification passes after the first token.
         drafted, accepted: draft tokens verified, and of these accepted.
@@ -42,9 +43,9 @@ class Sample:
 
 
 class Runner(Protocol):
-    """Runs one prompt; what it learned from the prompts before may help."""
+    """Runs one input; what it learned from the inputs before may help."""
 
-    def __call__(self, prompt: Sequence[int]) -> Sample: ...
+    def __call__(self, given: ModelInput) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,17 @@ class StrategyRunner:
     limits: GenerationLimits
     sampling: SamplingConfig
 
-    def __call__(self, prompt: Sequence[int]) -> Sample:
-        """Generate after a prompt, nothing of it computed before."""
+    def __call__(self, given: ModelInput) -> Sample:
+        """Generate from an input, nothing of it computed before."""
         for subject in self.subjects:
             subject.restart()
         target, meters = self.subjects[0], [subject.engine.meter for subject in self.subjects]
         tokens: list[int] = []
         rounds = drafted = accepted = 0
         began = first = time.perf_counter()
+        given.enter(target.session)
         steps = generate(
-            target.session, prompt, self.policy, Sampler(self.sampling), self.limits, target.costs
+            target.session, given.prompt, self.policy, Sampler(self.sampling), self.limits, target.costs
         )
         for step in steps:
             if tokens:
@@ -117,30 +119,30 @@ class Series:
 def measure_interleaved(
     make_runner: Callable[[str], Runner],
     strategies: Sequence[str],
-    prompts: Sequence[Sequence[int]],
+    inputs: Sequence[ModelInput],
     repeats: int,
     progress: Callable[[Progress], None],
 ) -> list[Series]:
-    """Run every strategy on every prompt, taking turns, so that a slow spell of the machine hits all of them.
+    """Run every strategy on every input, taking turns, so that a slow spell of the machine hits all of them.
 
     Args:
         make_runner: a fresh runner of a strategy. Every repeat gets its own: what a strategy learns
-            carries over from prompt to prompt, but never from a text to the same text.
-        strategies: their order rotates from prompt to prompt.
-        prompts: token ids.
-        repeats: passes over the prompts.
+            carries over from input to input, but never from a text to the same text.
+        strategies: their order rotates from input to input.
+        inputs: token ids.
+        repeats: passes over the inputs.
         progress: told before every generation.
     """
     found: dict[str, list[tuple[Sample, ...]]] = {strategy: [] for strategy in strategies}
-    total, done = repeats * len(prompts) * len(strategies), 0
+    total, done = repeats * len(inputs) * len(strategies), 0
     for repeat in range(repeats):
         runners = {strategy: make_runner(strategy) for strategy in strategies}
         taken: dict[str, list[Sample]] = {strategy: [] for strategy in strategies}
-        for index, prompt in enumerate(prompts):
+        for index, given in enumerate(inputs):
             shift = (index + repeat) % len(strategies)
             for strategy in [*strategies[shift:], *strategies[:shift]]:
                 progress(Progress(done, total, strategy))
-                taken[strategy].append(runners[strategy](prompt))
+                taken[strategy].append(runners[strategy](given))
                 done += 1
         for strategy in strategies:
             found[strategy].append(tuple(taken[strategy]))

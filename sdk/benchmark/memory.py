@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from skipstone.errors import EngineError
+from skipstone.inputs import ModelInput
 from skipstone.runtimes.resident import own_peak_bytes
 
 
@@ -22,11 +23,13 @@ class MemoryRequest:
 
     Attributes:
         strategy: of the bundle, or the baseline's name.
+        prompt, source: token ids, see `skipstone.inputs.ModelInput`.
     """
 
     bundle: str
     strategy: str
     prompt: tuple[int, ...]
+    source: tuple[int, ...]
     max_new_tokens: int
     threads: int
     context_length: int
@@ -61,7 +64,7 @@ def _serve(request: MemoryRequest) -> None:
             Path(request.whole_gguf), request.threads, request.context_length, request.kv_type or "f16"
         )
         with closing(BASELINES[request.strategy](options, request.max_new_tokens, ())) as baseline:
-            baseline(request.prompt)
+            baseline(ModelInput(request.prompt))
         return
     from skipstone.model import load_model
     from skipstone.runtimes.strategies import StrategyOptions
@@ -73,19 +76,20 @@ def _serve(request: MemoryRequest) -> None:
         kv_type=request.kv_type,
     ) as model:
         model.generate(
-            request.prompt,
+            None if request.source else request.prompt,
+            source=request.source or None,
             max_new_tokens=request.max_new_tokens,
             strategy=request.strategy,
             options=StrategyOptions(assistant_early_exit=request.assistant_early_exit),
             assistant_model=request.assistant_model,
-            ignore_eos=True,
+            ignore_eos=not request.source,
         )
 
 
 def main(argument: str) -> int:
     """Serve one request and print this process's peak as JSON."""
     fields = json.loads(argument)
-    _serve(MemoryRequest(**fields | {"prompt": tuple(fields["prompt"])}))
+    _serve(MemoryRequest(**fields | {name: tuple(fields[name]) for name in ("prompt", "source")}))
     print(json.dumps({"peak_rss_mb": own_peak_bytes() / 1e6}))
     return 0
 

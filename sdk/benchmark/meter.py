@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.bundle import Bundle, ExecuTorchManifest, ProgramEntry, SegmentEntry
 from skipstone.runtimes.costs import CostModel
-from skipstone.runtimes.engines.base import Cache, Engine
+from skipstone.runtimes.engines.base import Cache, Engine, Settled, SourceCache
 from skipstone.runtimes.engines.llamacpp.embedding import table_bytes
 from skipstone.runtimes.rows import RowTree
 
@@ -91,7 +92,7 @@ class MeteredEngine:
 
 
 class _MeteredCache:
-    """See `skipstone.runtimes.engines.base.Cache`."""
+    """See `skipstone.runtimes.engines.base.SourceCache`. The encoder is not metered: it runs before the first token."""
 
     def __init__(
         self, cache: Cache, exits: Sequence[int], meter: Meter, costs: CostModel, sizes: PartBytes
@@ -114,6 +115,9 @@ class _MeteredCache:
             [costs.run(start, stop, width) for width in widths] for start, stop in pairwise(edges)
         ]
         self._head_seconds = [costs.draft(0, edges[1], n) - costs.run(0, edges[1], n) for n in widths]
+
+    def encode(self, source: Sequence[int], settled: Settled | None = None) -> int:
+        return cast(SourceCache, self._cache).encode(source, settled)
 
     def run(
         self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]

@@ -1,8 +1,9 @@
-"""The prompts of a benchmark: a JSONL file, or a few built in."""
+"""The texts of a benchmark, a JSONL file or a few built in: decoders continue prompts, encoder-decoders read sources."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from skipstone.errors import UsageError
@@ -19,10 +20,25 @@ DEFAULT_PROMPTS = (
     "Once upon a time there was a lighthouse keeper who counted the ships that passed, and wrote their "
     "names down in a book. ",
 )
+DEFAULT_SOURCES = (
+    "Return the aritmetic mean of a sequnce of numbers.",
+    "The function take a list of paths and return the one that was changed last .",
+    "Once upon a time there was a lighthouse keeper who counted the ships that passed.",
+    "If the the file does not exsist, a error is raised and and nothing is writen.",
+)
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Prompts of a file with one JSON object a line; its key `prompt` holds the text, others are ignored.
+@dataclass(frozen=True)
+class Texts:
+    """What a file holds, in its order: of every line the one, the other, or both."""
+
+    prompts: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+def read_prompts(path: Path) -> Texts:
+    """Texts of a file with one JSON object a line: its key `prompt` holds a decoder's prompt, `source` an
+    encoder-decoder's source; other keys are ignored.
 
     Raises:
         UsageError: a file that cannot be read, or a line that does not fit, by number.
@@ -31,19 +47,24 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {path}: cannot be read as UTF-8 text: {error}") from error
-    found = [_prompt(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_texts(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UsageError(f"--prompts {path}: no prompts in it", hint='write lines like {"prompt": "def f("}')
-    return tuple(found)
+    prompts, sources = zip(*found, strict=True)
+    return Texts(tuple(filter(None, prompts)), tuple(filter(None, sources)))
 
 
-def _prompt(line: str, path: Path, number: int) -> str:
-    hint = 'every line is an object like {"prompt": "def f("}'
+def _texts(line: str, path: Path, number: int) -> tuple[str, str]:
+    """Prompt and source of a line, "" for what it does not have."""
+    hint = 'every line is an object like {"prompt": "def f("} or {"source": "Their is a eror."}'
     try:
         record = json.loads(line)
     except ValueError as error:
         raise UsageError(f"--prompts {path}, line {number}: not JSON: {error}", hint=hint) from error
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str) or not prompt:
-        raise UsageError(f"--prompts {path}, line {number}: no text under the key 'prompt'", hint=hint)
-    return prompt
+    values = [record.get(key) if isinstance(record, dict) else None for key in ("prompt", "source")]
+    prompt, source = (value if isinstance(value, str) else "" for value in values)
+    if not prompt and not source:
+        raise UsageError(
+            f"--prompts {path}, line {number}: no text under the key 'prompt' or 'source'", hint=hint
+        )
+    return prompt, source

@@ -17,12 +17,13 @@ from skipstone.benchmark.baselines import BASELINES, Baseline, BaselineOptions, 
 from skipstone.benchmark.lossless import agreement
 from skipstone.benchmark.measure import Progress, Runner, Series, StrategyRunner, measure_interleaved
 from skipstone.benchmark.memory import MemoryRequest, peak_rss_mb
-from skipstone.benchmark.prompts import DEFAULT_PROMPTS
+from skipstone.benchmark.prompts import DEFAULT_PROMPTS, DEFAULT_SOURCES
 from skipstone.benchmark.report import Report, bundle_facts, this_machine
 from skipstone.benchmark.rows import Row, make_row
 from skipstone.benchmark.subject import Subject, new_policy, open_draft, runnable_strategies
 from skipstone.bundle import Bundle, open_bundle
 from skipstone.errors import ContextFullError, UsageError
+from skipstone.inputs import ModelInput, encode_input
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.generate import GenerationLimits
 from skipstone.runtimes.sampling import SamplingConfig
@@ -44,12 +45,14 @@ class BenchOptions:
 
     Attributes:
         strategies: their names; empty: all that the bundle can run. `plain` always runs.
-        prompts: texts.
+        prompts: texts that a decoder continues.
+        sources: texts that an encoder-decoder reads.
         prompts_source: where they come from, for the report.
-        max_new_tokens: per prompt, at least 2.
-        repeats: passes over the prompts.
+        max_new_tokens: per text, at least 2.
+        repeats: passes over the texts.
         threads, context_length, kv_type: see `skipstone.model.load_model`.
-        ignore_eos: go on after an end-of-text token, so that every run has the same length.
+        ignore_eos: have a decoder go on after an end-of-text token, so that every run has the same length. What an
+            encoder-decoder says ends there in any case.
         sampling: greedy by default; a seed of None means 0 here.
         strategy_options: what to fix of the strategies.
         assistant_model: folder of a draft model's bundle, for strategy `draft-model`.
@@ -62,6 +65,7 @@ class BenchOptions:
 
     strategies: tuple[str, ...] = ()
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
+    sources: tuple[str, ...] = DEFAULT_SOURCES
     prompts_source: str = "built in"
     max_new_tokens: int = 64
     repeats: int = 3
@@ -86,8 +90,6 @@ class BenchOptions:
             )
         if self.repeats < 1:
             raise UsageError(f"--repeats {self.repeats}: expected at least 1")
-        if not self.prompts:
-            raise UsageError("no prompts", hint="pass --prompts FILE.jsonl")
         if self.baselines and not self.sampling.greedy:
             raise UsageError("--baselines: they decode greedily", hint="leave --temperature out")
 
@@ -120,11 +122,11 @@ def run_bench(
             rows=tuple(rows),
             bundle=bundle_facts(bench.target.bundle),
             machine=this_machine(),
-            prompts=len(options.prompts),
+            prompts=len(bench.inputs),
             prompts_source=options.prompts_source,
             repeats=options.repeats,
             max_new_tokens=options.max_new_tokens,
-            ignore_eos=options.ignore_eos,
+            ignore_eos=bench.ignores_eos,
             threads=bench.target.curve.threads,
             context_length=bench.target.session.context_length,
             kv_type=bench.kv_type,
@@ -141,18 +143,16 @@ class _Bench:
 
     def __init__(self, bundle: Bundle, options: BenchOptions) -> None:
         self._options, self._stack = options, ExitStack()
-        gguf = (
-            check_whole_gguf(options.whole_gguf, bundle.manifest.model.vocab_size)
-            if options.baselines
-            else None
-        )
+        _check_texts(bundle, options)
+        gguf = _whole_gguf(bundle, options) if options.baselines else None
         try:
             self.target = self._stack.enter_context(Subject(bundle, options.engine, options.context_length))
             self.kv_type = self.target.kv_type
             self._draft = self._open_draft()
-            self._prompts: list[list[int]] = self._encoded()
+            self.inputs = self._encoded()
             self.strategies = self._strategies()
-            eos = () if options.ignore_eos else bundle.manifest.model.eos_token_ids
+            self.ignores_eos = options.ignore_eos and not self.inputs[0].source
+            eos = () if self.ignores_eos else bundle.manifest.model.eos_token_ids
             self._limits = GenerationLimits(options.max_new_tokens, eos)
             for strategy in self.strategies:  # what cannot run is refused before anything is measured
                 new_policy(strategy, self.target, self._draft, options.strategy_options)
@@ -171,10 +171,10 @@ class _Bench:
         """Measure, compare, weigh."""
         options = self._options
         warm_up = GenerationLimits(_WARM_UP_TOKENS)
-        self._runner(PLAIN, warm_up)(self._prompts[0])
+        self._runner(PLAIN, warm_up)(self.inputs[0])
         control = (CONTROL,) if options.control else ()
         every = (*self.strategies, *control, *self._baselines)
-        found = measure_interleaved(self._runner, every, self._prompts, options.repeats, progress)
+        found = measure_interleaved(self._runner, every, self.inputs, options.repeats, progress)
         plain = found[0]
         return [self._row(series, plain) for series in found]
 
@@ -183,7 +183,7 @@ class _Bench:
         matches = None
         if compared:
             matches = agreement(
-                self._prompts,
+                self.inputs,
                 [sample.tokens for sample in plain.samples[0]],
                 [[sample.tokens for sample in passed] for passed in series.samples],
                 self._logits_after,
@@ -201,9 +201,10 @@ class _Bench:
         policy = new_policy(name, self.target, self._draft, options.strategy_options)
         return StrategyRunner(subjects, policy, limits or self._limits, _seeded(options.sampling))
 
-    def _logits_after(self, context: Sequence[int]) -> NDArray[np.float32]:
+    def _logits_after(self, given: ModelInput, generated: Sequence[int]) -> NDArray[np.float32]:
         self.target.restart()
-        return self.target.session.prefill(context)
+        given.enter(self.target.session)
+        return self.target.session.prefill([*given.prompt, *generated])
 
     def _open_draft(self) -> Subject | None:
         path = self._options.assistant_model
@@ -221,17 +222,35 @@ class _Bench:
             for name, make in BASELINES.items()
         }
 
-    def _encoded(self) -> list[list[int]]:
-        room = self.target.session.context_length
-        encoded = [self.target.codec.encode(prompt) for prompt in self._options.prompts]
-        for index, tokens in enumerate(encoded, 1):
-            if len(tokens) + self._options.max_new_tokens > room:
-                raise ContextFullError(
-                    f"prompt {index}: {len(tokens)} tokens and {self._options.max_new_tokens} new ones "
-                    f"do not fit into a context of {room}",
-                    hint="shorten the prompt, lower --max-new-tokens or raise --context-length",
-                )
+    def _encoded(self) -> list[ModelInput]:
+        """The texts that this bundle takes, every one of which must fit."""
+        options, codec, facts = self._options, self.target.codec, self.target.bundle.manifest.model
+        if facts.encoder is None:
+            encoded = [encode_input(codec, facts, prompt) for prompt in options.prompts]
+        else:
+            encoded = [encode_input(codec, facts, source=source) for source in options.sources]
+        for index, given in enumerate(encoded, 1):
+            self._check_length(index, given)
         return encoded
+
+    def _check_length(self, index: int, given: ModelInput) -> None:
+        """Refuse an input that does not fit.
+
+        Raises:
+            ContextFullError: naming it by its number.
+        """
+        room, encoder = self.target.session.context_length, self.target.engine.encoder
+        if encoder is not None and len(given.source) > encoder.max_source_length:
+            raise ContextFullError(
+                f"source {index}: {len(given.source)} tokens, the encoder takes {encoder.max_source_length}",
+                hint="shorten the source",
+            )
+        if len(given.prompt) + self._options.max_new_tokens > room:
+            raise ContextFullError(
+                f"prompt {index}: {len(given.prompt)} tokens and {self._options.max_new_tokens} new ones "
+                f"do not fit into a context of {room}",
+                hint="shorten the prompt, lower --max-new-tokens or raise --context-length",
+            )
 
     def _strategies(self) -> tuple[str, ...]:
         """As asked, without repetition, `plain` in front."""
@@ -240,11 +259,13 @@ class _Bench:
         return tuple(dict.fromkeys((PLAIN, *wanted, *more)))
 
     def _memory_request(self, strategy: str) -> MemoryRequest:
-        options, longest = self._options, sorted(self._prompts, key=len)[-1]
+        options = self._options
+        longest = max(self.inputs, key=lambda given: (len(given.source), len(given.prompt)))
         return MemoryRequest(
             bundle=str(self.target.bundle.path),
             strategy=PLAIN if strategy == CONTROL else strategy,
-            prompt=tuple(longest),
+            prompt=longest.prompt,
+            source=longest.source,
             max_new_tokens=options.max_new_tokens,
             threads=self.target.curve.threads,
             context_length=self.target.session.context_length,
@@ -253,6 +274,23 @@ class _Bench:
             assistant_early_exit=options.strategy_options.assistant_early_exit,
             whole_gguf=str(options.whole_gguf) if strategy in self._baselines else None,
         )
+
+
+def _check_texts(bundle: Bundle, options: BenchOptions) -> None:
+    """Refuse a benchmark without texts of the kind that the bundle takes."""
+    kind, texts = "prompt", options.prompts
+    if bundle.manifest.model.encoder is not None:
+        kind, texts = "source", options.sources
+    if not texts:
+        raise UsageError(f"no {kind}s", hint=f'pass --prompts FILE.jsonl with {{"{kind}": …}} lines')
+
+
+def _whole_gguf(bundle: Bundle, options: BenchOptions) -> Path:
+    """The file for the baselines, checked."""
+    facts = bundle.manifest.model
+    if facts.encoder is not None:
+        raise UsageError("--baselines: they run decoders only", hint="leave --baselines out")
+    return check_whole_gguf(options.whole_gguf, facts.vocab_size)
 
 
 def _seeded(sampling: SamplingConfig) -> SamplingConfig:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from skipstone.benchmark.meter import MeteredEngine, part_bytes
-from skipstone.bundle import Bundle, CostCurve, open_bundle
+from skipstone.bundle import Bundle, CostCurve
 from skipstone.devices.cost import measure
-from skipstone.model import load_draft_table
+from skipstone.model import load_draft_table, open_draft_bundle
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
-from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftModelMaker, check_vocabularies
+from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftModelMaker
 from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.generate import Policy
@@ -67,15 +67,11 @@ def open_draft(path: str, target: Subject, options: EngineOptions) -> Subject:
     """A draft model for `target`.
 
     Raises:
-        VocabularyMismatchError: its tokens are not the target's.
+        VocabularyMismatchError, UsageError: it does not fit the target.
     """
-    bundle = open_bundle(path)
-    facts = bundle.manifest.model
-    codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size)
-    check_vocabularies(
-        target.codec.vocabulary(), codec.vocabulary(), str(target.bundle.path), str(bundle.path)
-    )
-    return Subject(bundle, options, min(facts.context_length, target.session.context_length))
+    bundle = open_draft_bundle(path, target.bundle, target.codec)
+    length = min(bundle.manifest.model.context_length, target.session.context_length)
+    return Subject(bundle, options, length)
 
 
 def new_policy(strategy: str, target: Subject, draft: Subject | None, options: StrategyOptions) -> Policy:
@@ -85,13 +81,16 @@ def new_policy(strategy: str, target: Subject, draft: Subject | None, options: S
         UsageError: an unknown strategy, or one this bundle cannot run.
     """
     maker = None if draft is None else _maker(draft)
-    materials = Materials(target.engine, target.costs, options, table=target.table, draft_model=maker)
+    tokens = None if options.guide is None else target.codec.tokens(options.guide)
+    guide = None if tokens is None else lambda: tokens
+    materials = Materials(target.engine, target.costs, options, target.table, maker, guide)
     return make_policy(strategy, materials)
 
 
 def runnable_strategies(target: Subject) -> tuple[str, ...]:
     """The strategies this bundle can run without anything else, the default of a benchmark."""
-    text = ("prompt-lookup", "katz", "recycling")
+    guided = ("aggressive",) if target.engine.encoder is not None else ()
+    text = (*guided, "prompt-lookup", "katz", "recycling")
     inner = (
         ("layerskip", "staged")
         if target.engine.draft_vocabulary is not None and len(target.engine.exits) > 1

@@ -24,7 +24,10 @@ def bench(
     bundle: flags.BundleFolder,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='JSONL file with {"prompt": …} lines.', show_default="a few built in"),
+        typer.Option(
+            help='JSONL file with {"prompt": …} lines, or {"source": …} for encoder-decoders.',
+            show_default="a few built in",
+        ),
     ] = None,
     strategies: Annotated[
         str | None,
@@ -45,7 +48,8 @@ def bench(
     min_p: flags.MinP = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the random draws.")] = 0,
     stop_at_eos: Annotated[
-        bool, typer.Option("--stop-at-eos", help="End a prompt at an end-of-text token.")
+        bool,
+        typer.Option("--stop-at-eos", help="End a prompt at an end-of-text token, as encoder-decoders do."),
     ] = False,
     assistant_early_exit: flags.AssistantEarlyExit = None,
     num_assistant_tokens: flags.NumAssistantTokens = None,
@@ -73,17 +77,18 @@ def bench(
     from rich.console import Console
 
     from skipstone.benchmark.profile_tables import show_profile
-    from skipstone.benchmark.prompts import DEFAULT_PROMPTS, read_prompts
+    from skipstone.benchmark.prompts import DEFAULT_PROMPTS, DEFAULT_SOURCES, Texts, read_prompts
     from skipstone.benchmark.render import show
     from skipstone.benchmark.report import check_writable, write_json
     from skipstone.benchmark.run import BenchOptions, run_bench
     from skipstone.runtimes.sampling import SamplingConfig
     from skipstone.runtimes.strategies import StrategyOptions
 
-    texts = DEFAULT_PROMPTS if prompts is None else read_prompts(prompts)
+    texts = Texts(DEFAULT_PROMPTS, DEFAULT_SOURCES) if prompts is None else read_prompts(prompts)
     options = BenchOptions(
         strategies=() if strategies is None else parse_strategies(strategies),
-        prompts=texts[:limit],
+        prompts=texts.prompts[:limit],
+        sources=texts.sources[:limit],
         prompts_source="built in" if prompts is None else prompts.name,
         max_new_tokens=max_new_tokens,
         repeats=repeats,

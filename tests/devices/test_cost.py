@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from skipstone.devices.cost import WIDTHS, measure
+from skipstone.devices.cost import WIDE, WIDTHS, measure
 from skipstone.runtimes.rows import RowTree
-from tests.sdk.scripted import FloatArray, ScriptedCache, ScriptedEngine
+from tests.sdk.scripted import FloatArray, ScriptedCache, ScriptedEngine, ScriptedTranslator
 
 PER_ROW = (0.0005, 0.001)
 HEAD = 0.0015
@@ -65,6 +65,14 @@ def test_an_engine_without_a_draft_head_has_no_costs_for_it() -> None:
     engine = ScriptedEngine(range(64))
     engine.draft_vocabulary = None  # type: ignore[assignment]
     assert measure(engine, budget_seconds=0.01).draft_head == ()
+
+
+def test_an_encoder_decoder_is_measured_behind_a_source_and_for_drafts_as_long_as_one() -> None:
+    engine = ScriptedTranslator(lambda _source: b"")
+    curve = measure(engine, budget_seconds=0.01)
+    assert [len(source) for source in engine.sources] == [32], "one sequence, read once"
+    assert curve.widths == WIDE
+    assert max(WIDE) == 64
 
 
 @pytest.mark.engine

@@ -19,6 +19,7 @@ from skipstone.benchmark.rows import make_row, seconds_per_token
 from skipstone.benchmark.subject import Subject, new_policy
 from skipstone.bundle import open_bundle
 from skipstone.exporters.pipeline import export_checkpoint
+from skipstone.inputs import ModelInput
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.generate import GenerationLimits
 from skipstone.runtimes.sampling import SamplingConfig
@@ -55,7 +56,7 @@ def parse_settings(description: str, name: str, quantize: str) -> Settings:
     chosen = parser.parse_args()
     return Settings(
         checkpoint=chosen.checkpoint,
-        prompts=read_prompts(chosen.prompts)[: chosen.limit],
+        prompts=read_prompts(chosen.prompts).prompts[: chosen.limit],
         max_new_tokens=chosen.max_new_tokens,
         repeats=chosen.repeats,
         threads=chosen.threads,
@@ -93,7 +94,7 @@ def compare(
     """
     limits = GenerationLimits(settings.max_new_tokens)
     with Subject(open_bundle(bundle), EngineOptions(threads=settings.threads)) as subject:
-        prompts = [subject.codec.encode(text) for text in settings.prompts]
+        prompts = [ModelInput(tuple(subject.codec.encode(text))) for text in settings.prompts]
 
         def make_runner(name: str) -> Runner:
             if name in peers:

@@ -32,6 +32,7 @@ from skipstone.benchmark.measure import Progress, Runner, Sample, Series, measur
 from skipstone.benchmark.report import this_machine, write_json
 from skipstone.benchmark.rows import make_row
 from skipstone.exporters.pipeline import export_checkpoint
+from skipstone.inputs import ModelInput
 from tests.peers.common import Settings, command_line, parse_settings
 from tests.peers.environment import make_environment
 from tests.peers.line_protocol import Worker
@@ -92,9 +93,9 @@ def pte_bytes(folder: Path) -> int:
 def as_runner(worker: Worker) -> Runner:
     """A worker as what the benchmark runs; every token after the first is a round."""
 
-    def run(prompt: Sequence[int]) -> Sample:
+    def run(given: ModelInput) -> Sample:
         time.sleep(_SETTLE_SECONDS)
-        answer = worker(prompt)
+        answer = worker(given.prompt)
         return Sample(
             answer.tokens, answer.first_seconds, answer.decode_seconds, max(1, len(answer.tokens) - 1)
         )
@@ -103,7 +104,7 @@ def as_runner(worker: Worker) -> Runner:
 
 
 def measure(
-    settings: Settings, workers: dict[str, Worker], prompts: Sequence[Sequence[int]]
+    settings: Settings, workers: dict[str, Worker], prompts: Sequence[ModelInput]
 ) -> dict[str, Series]:
     """Both systems in turns, after a run of each that is not counted."""
     runners = {name: as_runner(worker) for name, worker in workers.items()}
@@ -165,7 +166,9 @@ def main() -> None:
     """Entry point."""
     settings = parse_settings("Compare with optimum-executorch.", "peers-optimum-executorch.json", "none")
     tokenizer = Tokenizer.from_file(str(settings.checkpoint / "tokenizer.json"))
-    prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in settings.prompts]
+    prompts = [
+        ModelInput(tuple(tokenizer.encode(text, add_special_tokens=False).ids)) for text in settings.prompts
+    ]
     programs = make_environment("optimum-executorch", PACKAGES)
     theirs = export_theirs(settings, programs)
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ Its documentation advises drafts of 10 tokens for GPUs and of 2 for CPUs; both a
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import llama_cpp
@@ -19,6 +19,7 @@ from skipstone.exporters.formats.gguf.schemes import scheme_of
 from skipstone.exporters.formats.gguf.vocabulary import tokenizer_keys
 from skipstone.exporters.formats.gguf.whole import write_whole
 from skipstone.exporters.isolation import run_isolated
+from skipstone.inputs import ModelInput
 from tests.peers.common import Settings, compare, export, parse_settings
 
 CONTEXT = 1024
@@ -42,7 +43,7 @@ class CompletionRunner:
             verbose=False,
         )
 
-    def __call__(self, prompt: Sequence[int]) -> Sample:
+    def __call__(self, given: ModelInput) -> Sample:
         self._llama.reset()
         times: list[float] = []
 
@@ -52,7 +53,7 @@ class CompletionRunner:
 
         began = time.perf_counter()
         self._llama.create_completion(
-            list(prompt),
+            list(given.prompt),
             max_tokens=self._limit,
             temperature=0.0,
             stopping_criteria=llama_cpp.StoppingCriteriaList([tick]),

@@ -8,7 +8,6 @@ the text. Greedy, eager attention of torch on the CPU, end-of-text tokens ignore
 
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from skipstone.benchmark.measure import Runner, Sample
 from skipstone.bundle import open_bundle
+from skipstone.inputs import ModelInput
 from tests.peers.common import Settings, compare, export, parse_settings
 
 LOOKUP = 10
@@ -49,8 +49,8 @@ class TransformersRunner:
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **extra
         )
 
-    def __call__(self, prompt: Sequence[int]) -> Sample:
-        ids, clock = torch.tensor([list(prompt)]), Clock()
+    def __call__(self, given: ModelInput) -> Sample:
+        ids, clock = torch.tensor([given.prompt]), Clock()
         began = time.perf_counter()
         with torch.inference_mode():
             out = self._model.generate(
@@ -58,7 +58,7 @@ class TransformersRunner:
             )
         ended = time.perf_counter()
         first = clock.first if clock.first is not None else ended
-        tokens = tuple(out[0, len(prompt) :].tolist())
+        tokens = tuple(out[0, len(given.prompt) :].tolist())
         return Sample(tokens, first - began, ended - first, max(1, clock.calls - 2))
 
 

@@ -28,7 +28,7 @@ class RandomDrafter:
     def __init__(self, vocab_size: int, seed: int = 0, alphabet: int | None = None) -> None:
         self._rng, self._tokens = np.random.default_rng(seed), alphabet or vocab_size
 
-    def reset(self, prompt: Sequence[int]) -> None:
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
         return None
 
     def propose(self, request: DraftRequest) -> TokenTree:

@@ -7,7 +7,7 @@ the number of rows every segment may have been given, and which calls must be re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,7 +52,13 @@ class SpyCache:
 
 
 def make_machine(
-    engine: Engine, reference: Reference, *, context_length: int, tolerance: float, tokens: int
+    engine: Engine,
+    reference: Reference,
+    *,
+    context_length: int,
+    tolerance: float,
+    tokens: int,
+    source: Sequence[int] = (),
 ) -> type[RuleBasedStateMachine]:
     """A state machine over one engine.
 
@@ -62,13 +68,21 @@ def make_machine(
         context_length: of the session; small, so that runs meet its end.
         tolerance: largest difference of a logit.
         tokens: how many different tokens are used; few, so that equal drafts occur.
+        source: for an encoder-decoder, what `reference` knows of.
     """
+
+    def opened() -> Session:
+        session = Session(engine, context_length)
+        if source:
+            session.encode(source)
+        return session
+
     token = st.integers(0, tokens - 1)
 
     class SessionMachine(RuleBasedStateMachine):
         @initialize(prompt=st.lists(token, max_size=context_length // 2))
         def open(self, prompt: list[int]) -> None:
-            self.session = Session(engine, context_length)
+            self.session = opened()
             self.spy = SpyCache(self.session._cache, len(engine.exits))
             self.session._cache = self.spy  # type: ignore[assignment]
             self.committed: list[Node] = []
@@ -189,7 +203,7 @@ def make_machine(
                 return
             (row,) = self.session.push([1])
             (found,) = self.session.advance([row], engine.exits[-1])
-            with Session(engine, context_length) as fresh:
+            with opened() as fresh:
                 np.testing.assert_allclose(found, fresh.prefill(text), atol=tolerance, rtol=0)
 
         def _lagging(self, nodes: list[Node], target: int) -> list[Node]:

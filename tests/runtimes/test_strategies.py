@@ -22,6 +22,7 @@ def materials(engine: ToyEngine = ENGINE, **options: object) -> Materials:
         engine,
         costs,
         StrategyOptions(**options),  # type: ignore[arg-type]
+        guide=lambda: (7, 1, 2, 3, 1),
         draft_model=lambda source, shape: DraftModelDrafter(Session(engine), costs, "draft", source, shape),
     )
 

@@ -3,21 +3,26 @@
 Three segments of one layer each, one attention head, learned positions, ReLU feed-forward, a shared head.
 Rows are computed one by one in float64, so a row's numbers do not depend on the batch it rides in, and K/V
 are kept for rows, not for sequences, so that nothing of llama.cpp's bookkeeping is repeated here.
+
+`ToyTranslator` is the same with an encoder of three layers before it and cross-attention in every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import CostCurve
+from skipstone.bundle import CostCurve, EncoderFacts
 from skipstone.errors import ContextFullError
 from skipstone.runtimes.costs import CostModel
+from skipstone.runtimes.engines.base import Settled
 from skipstone.runtimes.rows import ROOT, RowTree
 
 FloatArray = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -33,7 +38,7 @@ class ToyEngine:
         remember: keep every layer's results, for tests that run the same few texts thousands of times.
     """
 
-    encoder = None
+    encoder: EncoderFacts | None = None
 
     def __init__(
         self,
@@ -73,9 +78,11 @@ class ToyEngine:
         self.closed = True
 
     def layer(
-        self, segment: int, x: NDArray[np.float64], before: Sequence[Pair]
-    ) -> tuple[NDArray[np.float64], Pair]:
+        self, segment: int, x: Doubles, before: Sequence[Pair], memory: Doubles | None = None
+    ) -> tuple[Doubles, Pair]:
         """One row through one layer, after the K/V of the positions before it; its output and its own K/V."""
+        if memory is not None:
+            x = x + self.attend(segment, x, len(before), memory)
         if self.memo is None:
             return self._layer(segment, x, before)
         key = (segment, x.tobytes(), *map(id, before))
@@ -94,15 +101,22 @@ class ToyEngine:
         pair = (x @ wk, x @ wv)
         keys = np.stack([k for k, _ in before] + [pair[0]])
         values = np.stack([v for _, v in before] + [pair[1]])
-        weights = np.exp(keys @ (x @ wq) / np.sqrt(len(x)))
+        scores = keys @ (x @ wq) / np.sqrt(len(x))
+        weights = np.exp(scores - scores.max())
         x = x + scale * (weights @ values / weights.sum()) @ wo
         return x + scale * np.maximum(x @ w1, 0.0) @ w2 / 2, pair
+
+    def attend(self, segment: int, x: Doubles, position: int, memory: Doubles) -> Doubles:
+        """Cross-attention of one row; a decoder alone has none."""
+        raise NotImplementedError
 
     def final(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Norm and head."""
         return x / np.sqrt((x**2).mean() + 1e-6) @ self.head
 
-    def reference(self, tokens: Sequence[int], exit: int | None = None) -> FloatArray:
+    def reference(
+        self, tokens: Sequence[int], exit: int | None = None, memory: Doubles | None = None
+    ) -> FloatArray:
         """Logits after every token, without any cache or rows; draft head rows at inner exits."""
         stop = self.exits.index(self.exits[-1] if exit is None else exit) + 1
         states = [
@@ -112,7 +126,7 @@ class ToyEngine:
             pairs: list[Pair] = []
             after = []
             for x in states:
-                x, pair = self.layer(segment, np.asarray(x, np.float32).astype(np.float64), pairs)
+                x, pair = self.layer(segment, np.asarray(x, np.float32).astype(np.float64), pairs, memory)
                 pairs.append(pair)
                 after.append(x)
             states = after
@@ -133,6 +147,7 @@ class ToyCache:
         self.drafts: list[dict[int, Pair]] = [{} for _ in engine.exits]
         self.rows_run = [0] * len(engine.exits)
         self.batches: list[tuple[int, int]] = []
+        self.memory: Doubles | None = None
         self.heads_run = 0
         self.closed = False
 
@@ -157,7 +172,7 @@ class ToyCache:
             x = np.asarray(state, np.float64)
             if segment == 0:
                 x = (x + engine.places[tree.position(row)]).astype(np.float32).astype(np.float64)
-            x, pair = engine.layer(segment, x, self._before(segment, row))
+            x, pair = engine.layer(segment, x, self._before(segment, row), self.memory)
             assert row not in self.drafts[segment], "computed twice"
             self.drafts[segment][row] = pair
             out.append(x.astype(np.float32))
@@ -204,6 +219,69 @@ class ToyCache:
         return sum(1 for row in range(len(self.tree)) if row not in parents)
 
 
+class ToyTranslator(ToyEngine):
+    """An encoder-decoder: row t of the decoder looks at the source, most of all about position t.
+
+    Args:
+        copying: how sharply it looks at position t; large values copy the source, most of the time.
+        max_source_length: of the encoder.
+        arguments: of the decoder, see `ToyEngine`.
+    """
+
+    def __init__(
+        self, seed: int = 0, *, copying: float = 0.3, max_source_length: int = 40, **arguments: Any
+    ) -> None:
+        super().__init__(seed, **arguments)
+        rng, size = np.random.default_rng(seed + 1000), self.hidden_size
+        self.copying = copying
+        self.encoder = EncoderFacts(
+            num_layers=3, exits=(1, 2), max_source_length=max_source_length, start_token_id=0
+        )
+        self.encoder_layers = [rng.standard_normal((5, size, size)) / np.sqrt(size) for _ in range(3)]
+        self.crosses = [rng.standard_normal((2, size, size)) / np.sqrt(size) for _ in self.exits]
+        self.table *= np.sqrt(size) / np.linalg.norm(self.table, axis=1, keepdims=True)
+        self.head = self.head / (1.0 + copying) + 1.5 * self.table.T
+        self.scales[0] /= 1.0 + copying
+
+    def open_cache(self, context_length: int, tree: RowTree) -> ToySourceCache:
+        return ToySourceCache(self, tree, context_length)
+
+    def encoded(self, source: Sequence[int], settled: Settled | None = None) -> tuple[Doubles, int]:
+        """What the decoder attends to, [n, hidden_size], and how many layers were run."""
+        assert self.encoder is not None
+        x = self.table[list(source)] + self.places[np.arange(len(source)) % len(self.places)]
+        for number, (wq, wk, wv, w1, w2) in enumerate(self.encoder_layers, 1):
+            before = x
+            weights = np.exp(x @ wq @ (x @ wk).T / np.sqrt(x.shape[1]) / 4)
+            x = x + 0.1 * (weights / weights.sum(axis=1, keepdims=True)) @ x @ wv
+            x = x + 0.1 * np.maximum(x @ w1, 0.0) @ w2
+            inner = number in self.encoder.exits
+            if inner and settled and settled(number, before.astype(np.float32), x.astype(np.float32)):
+                break
+        return x, number
+
+    def attend(self, segment: int, x: Doubles, position: int, memory: Doubles) -> Doubles:
+        wq, wk = self.crosses[segment]
+        distances = np.abs(np.arange(len(memory)) - min(position, len(memory) - 1))
+        scores = memory @ wk @ (x @ wq) / 8 - self.copying * distances
+        weights = np.exp(scores - scores.max())
+        return (1.0 + self.copying) * weights @ memory / weights.sum()
+
+
+class ToySourceCache(ToyCache):
+    """See `skipstone.runtimes.engines.base.SourceCache`; `encoded` counts the runs of the encoder."""
+
+    engine: ToyTranslator
+    encoded = 0
+
+    def encode(self, source: Sequence[int], settled: Settled | None = None) -> int:
+        assert not any(self.context)
+        assert not any(self.drafts)
+        self.encoded += 1
+        self.memory, layers = self.engine.encoded(source, settled)
+        return layers
+
+
 def toy_costs(engine: ToyEngine, *, slope: float = 0.1, head: float = 0.1) -> CostModel:
     """Costs of a segment: 1 ms for one row and `slope` ms more for each further one."""
     widths = (1, 2, 4, 8, 16, 32)
@@ -219,15 +297,21 @@ def toy_costs(engine: ToyEngine, *, slope: float = 0.1, head: float = 0.1) -> Co
 
 
 def plain_tokens(
-    engine: ToyEngine, prompt: Sequence[int], count: int, eos: Sequence[int] = (), context_length: int = 96
+    engine: ToyEngine,
+    prompt: Sequence[int],
+    count: int,
+    eos: Sequence[int] = (),
+    context_length: int = 96,
+    source: Sequence[int] = (),
 ) -> list[int]:
     """Greedy decoding by the definition: recompute everything for every token."""
     text = list(prompt)
+    memory = engine.encoded(source)[0] if isinstance(engine, ToyTranslator) else None
     while len(text) - len(prompt) < count and len(text) <= context_length:
-        text.append(int(engine.reference(text)[-1].argmax()))
+        text.append(int(engine.reference(text, memory=memory)[-1].argmax()))
         if text[-1] in eos:
             break
     return text[len(prompt) :]
 
 
-__all__ = ["ROOT", "ToyCache", "ToyEngine", "plain_tokens", "toy_costs"]
+__all__ = ["ROOT", "ToyCache", "ToyEngine", "ToySourceCache", "ToyTranslator", "plain_tokens", "toy_costs"]

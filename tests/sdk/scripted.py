@@ -1,17 +1,19 @@
 """A bundle without weights and an engine that says what it is told: full control over tokens and drafts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from skipstone.bundle import (
     Bundle,
     CostCurve,
     DraftHeadEntry,
     EmbeddingEntry,
+    EncoderFacts,
+    EncoderSegmentEntry,
     GgufManifest,
     ModelFacts,
     Parity,
@@ -21,6 +23,7 @@ from skipstone.bundle import (
     describe_file,
     write_manifest,
 )
+from skipstone.runtimes.engines.base import Settled
 from skipstone.runtimes.rows import RowTree
 
 FloatArray = NDArray[np.float32]
@@ -48,12 +51,24 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def write_bundle(folder: Path, *, context_length: int = 512) -> Bundle:
-    """A bundle with a right manifest; its artefacts hold a few bytes each."""
+ENCODER = EncoderFacts(num_layers=2, max_source_length=120, start_token_id=0)
+
+
+def write_bundle(folder: Path, *, context_length: int = 512, encoder: EncoderFacts | None = None) -> Bundle:
+    """A bundle with a right manifest; its artefacts hold a few bytes each. With an encoder sources end with EOS."""
     folder.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    for index, name in enumerate(FILES[:-1]):
+    tokenizer = byte_tokenizer()
+    if encoder is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <|end|>", special_tokens=[("<|end|>", EOS)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = FILES if encoder is None else ("encoder-0.bin", *FILES)
+    for index, name in enumerate(names[:-1]):
         (folder / name).write_bytes(bytes(range(16 + index)))
+    encoders = (
+        () if encoder is None else (EncoderSegmentEntry(first=0, stop=encoder.num_layers, file=names[0]),)
+    )
     manifest = GgufManifest(
         format="gguf",
         device="cpu",
@@ -66,12 +81,14 @@ def write_bundle(folder: Path, *, context_length: int = 512) -> Bundle:
             context_length=context_length,
             parameters=0,
             eos_token_ids=(EOS,),
+            encoder=encoder,
         ),
         exits=(1,),
         segments=(
             SegmentEntry(first=0, stop=1, file=FILES[0], output="nextn"),
             SegmentEntry(first=1, stop=2, file=FILES[1], output="logits"),
         ),
+        encoder_segments=encoders,
         embedding=EmbeddingEntry(file=FILES[1], offset=0, rows=1, columns=1, type="F32"),
         draft_head=DraftHeadEntry(file=FILES[2], vocabulary=FILES[3], rows=1),
         quantization=Quantization(scheme="f32"),
@@ -84,7 +101,7 @@ def write_bundle(folder: Path, *, context_length: int = 512) -> Bundle:
             width_noise=0.0,
             near_tie_margin=1e-4,
         ),
-        files=tuple(describe_file(folder, name) for name in FILES),
+        files=tuple(describe_file(folder, name) for name in names),
         provenance=Provenance(source="test", tool="test", engine="test", created="2026-01-01"),
     )
     write_manifest(folder, manifest)
@@ -109,7 +126,7 @@ class ScriptedEngine:
         misses: positions at which the early exit says something else.
     """
 
-    encoder = None
+    encoder: EncoderFacts | None = None
     hidden_size, vocab_size, exits, threads = 1, VOCAB, (1, 2), 1
 
     def __init__(
@@ -167,3 +184,35 @@ class ScriptedCache:
 
     def close(self) -> None:
         return None
+
+
+class ScriptedTranslator(ScriptedEngine):
+    """An encoder-decoder that answers any source with `answer`, whatever its decoder is given.
+
+    Args:
+        answer: from the source's bytes to those of its output.
+    """
+
+    encoder = ENCODER
+
+    def __init__(self, answer: Callable[[bytes], bytes], *, max_context_length: int = 512) -> None:
+        super().__init__((), max_context_length=max_context_length)
+        self.answer = answer
+        self.sources: list[bytes] = []
+
+    def open_cache(self, context_length: int, tree: RowTree) -> "ScriptedSourceCache":
+        return ScriptedSourceCache(self, context_length, tree)
+
+
+class ScriptedSourceCache(ScriptedCache):
+    """See `skipstone.runtimes.engines.base.SourceCache`; the engine notes every source."""
+
+    def __init__(self, engine: ScriptedTranslator, context_length: int, tree: RowTree) -> None:
+        super().__init__(engine, context_length, tree)
+        self.translator = engine
+
+    def encode(self, source: Sequence[int], settled: Settled | None = None) -> int:
+        read = bytes(token for token in source if token != EOS)
+        self.translator.sources.append(read)
+        self.engine = ScriptedEngine([ENCODER.start_token_id, *self.translator.answer(read), EOS])
+        return ENCODER.num_layers

@@ -11,7 +11,7 @@ from skipstone.runtimes.sampling import SamplingConfig
 from skipstone.runtimes.strategies import STRATEGIES, StrategyOptions
 from tests.sdk.scripted import CHEAP_DRAFTS, EOS, ScriptedEngine, byte_tokenizer, write_bundle
 
-ALONE = tuple(name for name in STRATEGIES if name != "draft-model")
+ALONE = tuple(name for name in STRATEGIES if name not in ("draft-model", "aggressive"))
 DRAFTING = tuple(name for name in ALONE if name != "plain")
 PROMPT = "def read_lines(path):\n    with open(path) as stream:\n"
 NEW = 40

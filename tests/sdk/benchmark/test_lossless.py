@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from skipstone.benchmark.lossless import Agreement, Match, agreement, compare, first_difference
+from skipstone.inputs import ModelInput
 
-PROMPT, MARGIN = [9, 9], 0.01
+PROMPT, MARGIN = ModelInput((9, 9)), 0.01
 
 
-def logits_after(context: Sequence[int]) -> np.ndarray:
+def logits_after(given: ModelInput, generated: Sequence[int]) -> np.ndarray:
     """After the prompt and one token, 1 and 2 tie; elsewhere token 1 wins clearly, 3 comes second."""
-    assert list(context[:2]) == PROMPT
-    if len(context) == 3:
+    assert given is PROMPT
+    if len(generated) == 1:
         return np.array([0.0, 5.0, 4.995, 4.9], np.float32)
     return np.array([0.0, 5.0, 1.0, 2.0], np.float32)
 
@@ -48,7 +49,7 @@ def test_a_tie_of_plain_decodings_runner_up_counts_too() -> None:
 
 
 def test_two_tokens_alike_but_far_below_the_best_are_no_near_tie() -> None:
-    def two_alike(_context: Sequence[int]) -> np.ndarray:
+    def two_alike(_given: ModelInput, _generated: Sequence[int]) -> np.ndarray:
         return np.array([1.0, 1.0, 5.0], np.float32)
 
     assert compare(PROMPT, [0], [1], two_alike, MARGIN) is Match.OTHER

@@ -11,7 +11,7 @@ from skipstone.bundle import open_bundle
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.session import Session
-from tests.sdk.scripted import CHEAP_DRAFTS, ScriptedEngine
+from tests.sdk.scripted import CHEAP_DRAFTS, ScriptedEngine, ScriptedTranslator
 
 SIZES = PartBytes(segments=(100, 1000), draft_head=7)
 
@@ -51,6 +51,16 @@ def test_a_metered_engine_computes_what_the_engine_computes(
 ) -> None:
     _, session = metered
     assert session.prefill([0, 1, 2]).argmax() == 3
+
+
+def test_reading_a_source_is_passed_on_and_not_counted() -> None:
+    engine = ScriptedTranslator(bytes)
+    wrapped = MeteredEngine(engine, CostModel(CHEAP_DRAFTS, engine.exits), SIZES)
+    with Session(wrapped, 64) as session:
+        assert session.encode(list(b"abc")) == 2
+        assert (wrapped.meter.bytes_read, wrapped.meter.predicted_seconds) == (0, 0.0)
+        assert session.prefill([0]).argmax() == ord("a")
+    assert engine.sources == [b"abc"]
 
 
 @pytest.mark.engine

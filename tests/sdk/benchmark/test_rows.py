@@ -5,6 +5,7 @@ import pytest
 from skipstone.benchmark.lossless import Agreement
 from skipstone.benchmark.measure import Progress, Sample, Series, measure_interleaved
 from skipstone.benchmark.rows import make_row
+from skipstone.inputs import ModelInput
 
 
 def sample(count: int, seconds: float, **more: object) -> Sample:
@@ -83,14 +84,15 @@ def test_strategies_take_turns_and_every_repeat_starts_afresh() -> None:
         made.append(strategy)
         number = made.count(strategy)
 
-        def run(prompt: list[int]) -> Sample:
-            log.append((strategy, number, prompt[0]))
-            return sample(prompt[0] + 1, 1.0)
+        def run(given: ModelInput) -> Sample:
+            log.append((strategy, number, given.prompt[0]))
+            return sample(given.prompt[0] + 1, 1.0)
 
         return run
 
     told: list[Progress] = []
-    found = measure_interleaved(make_runner, ["a", "b", "c"], [[1], [2]], 2, told.append)
+    inputs = [ModelInput((1,)), ModelInput((2,))]
+    found = measure_interleaved(make_runner, ["a", "b", "c"], inputs, 2, told.append)
     assert made == ["a", "b", "c"] * 2
     assert log[:6] == [("a", 1, 1), ("b", 1, 1), ("c", 1, 1), ("b", 1, 2), ("c", 1, 2), ("a", 1, 2)]
     assert sorted(log) == sorted((s, n, p) for s in "abc" for n in (1, 2) for p in (1, 2))

@@ -182,7 +182,7 @@ def test_the_command_writes_the_report_for_machines_and_a_table_for_people(
 
 
 REQUEST = MemoryRequest(
-    bundle="", strategy="plain", prompt=(5, 6, 7), max_new_tokens=4, threads=1, context_length=64
+    bundle="", strategy="plain", prompt=(5, 6, 7), source=(), max_new_tokens=4, threads=1, context_length=64
 )
 
 

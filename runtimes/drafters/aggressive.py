@@ -1,0 +1,178 @@
+"""Input-guided aggressive decoding (arXiv 2205.10350, section 3.1): the text to be rewritten is the draft.
+
+Where output resembles input (correction, simplification, templates, retrieved passages) the guide is copied from the
+point the output has come to. The paper copies until a token is refused, decodes plainly, and goes on copying once the
+last tokens occur at exactly one place of the input. Here the place is a belief, a few weighted pointers into the guide:
+
+    a token that pointers foretold     keeps these pointers, one further on; the others are dropped
+    any other token is a correction    it may have replaced 0, 1, 2 or 3 tokens of the guide, or stem from another
+                                       place: the longer the text's suffix occurs there and the nearer, the likelier
+
+Every pointer drafts its chain, so right after a correction the draft is a small tree of alignments; with none likely
+enough there is no draft. What a pointer is worth, by how long it has been right, is learned from what is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from skipstone.runtimes.drafters.base import DraftRequest, Observation
+from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.tree import TokenTree
+
+Guide = Callable[[], Sequence[int]]
+
+# Probability that a pointer is right: after so many copied tokens (3 means or more), or corrections (-2 likewise).
+_PRIOR = {-2: 0.2, -1: 0.4, 0: 0.65, 1: 0.85, 2: 0.92, 3: 0.96}
+_FEWEST, _MOST = min(_PRIOR), max(_PRIOR)
+_REPLACED = (0.15, 0.55, 0.2, 0.1)  # probability that a correction replaced 0, 1, 2, 3 tokens of the guide
+_EVIDENCE = 4.0  # for each token that a suffix occurs with elsewhere, against a replacement
+_POINTERS = 6
+_LEARNING = 0.04
+_SURE = 0.99
+
+
+class Pointer(NamedTuple):
+    """A guess where the guide goes on.
+
+    Attributes:
+        position: index of the guide's next token; its length: the guide is used up.
+        run: tokens copied up to here; 0 or less: corrections in a row, one less.
+        weight: probability among the pointers.
+        replaced: tokens of the guide that the correction before stood for; None: there was none, or it moved elsewhere.
+    """
+
+    position: int
+    run: int
+    weight: float
+    replaced: int | None = None
+
+
+class AggressiveDrafter:
+    """See `skipstone.runtimes.drafters.base.Drafter`.
+
+    Args:
+        guide: asked at every new sequence for tokens that the output may resemble; None: the encoder-decoder's source
+            is it, its end token included.
+        name: for statistics.
+    """
+
+    def __init__(self, guide: Guide | None = None, name: str = "aggressive") -> None:
+        self.name = name
+        self._ask = guide
+        self._trust = dict(_PRIOR)
+        self._replaced = list(_REPLACED)
+        self.reset(())
+
+    def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
+        """Take up the guide; what has been learned stays.
+
+        An encoder-decoder's text begins after its start token, a decoder's answer after the prompt.
+        """
+        self._guide = tuple(source if self._ask is None else self._ask())
+        self._places: dict[int, list[int]] = {}
+        for place, token in enumerate(self._guide):
+            self._places.setdefault(token, []).append(place)
+        self._pointers: tuple[Pointer, ...] = (Pointer(0, _MOST, 1.0),)
+        self._read = 1 if source else len(prompt)
+        self._read_up_to(prompt)
+
+    def propose(self, request: DraftRequest) -> TokenTree:
+        tree = TokenTree()
+        nodes: dict[tuple[int, int], int] = {}
+        for pointer in self._ahead(request.context):
+            score, parent, run = pointer.weight, ROOT, pointer.run
+            for token in self._guide[pointer.position : pointer.position + request.limit]:
+                score *= self._trust[run]
+                if score < request.floor:
+                    break
+                node = nodes.get((parent, token))
+                if node is None:
+                    node = nodes[parent, token] = tree.add(token, parent, score)
+                else:
+                    tree.scores[node] += score
+                parent, run = node, _copied(run)
+        return tree.best(request.limit)
+
+    def observe(self, observation: Observation) -> None:
+        self._read_up_to(observation.context)
+
+    def close(self) -> None:
+        return None
+
+    def _ahead(self, context: Sequence[int]) -> tuple[Pointer, ...]:
+        """The pointers after a context that may run ahead of what is certain, which is not learned from."""
+        pointers = self._pointers
+        for end in range(self._read, len(context)):
+            pointers = self._after(pointers, context, end)
+        return pointers
+
+    def _read_up_to(self, context: Sequence[int]) -> None:
+        for end in range(self._read, len(context)):
+            self._learn(context[end])
+            self._pointers = self._after(self._pointers, context, end)
+        self._read = max(self._read, len(context))
+
+    def _after(self, pointers: tuple[Pointer, ...], text: Sequence[int], at: int) -> tuple[Pointer, ...]:
+        """The pointers once text[at] has followed."""
+        kept = [
+            Pointer(p.position + 1, _copied(p.run), p.weight * self._trust[p.run])
+            for p in pointers
+            if self._foretells(p, text[at])
+        ]
+        return _normalised(kept or self._realigned(pointers, text, at))
+
+    def _realigned(self, pointers: tuple[Pointer, ...], text: Sequence[int], at: int) -> list[Pointer]:
+        """Where the guide may go on after the correction text[at]."""
+        found: list[Pointer] = []
+        places, end = self._places.get(text[at], ()), len(self._guide)
+        for p in pointers:
+            run = max(_FEWEST, min(p.run, 1) - 1)
+            for replaced, share in enumerate(self._replaced):
+                found.append(Pointer(min(p.position + replaced, end), run, p.weight * share, replaced))
+            for place in places:
+                matched = self._matched(place, text, at)
+                weight = _EVIDENCE**matched / (len(places) * (1 + abs(place - p.position)))
+                found.append(Pointer(place + 1, matched, p.weight * weight))
+        return found
+
+    def _matched(self, place: int, text: Sequence[int], at: int) -> int:
+        """How many tokens up to text[at] the guide has up to `place`, as far as runs are told apart."""
+        length = 1
+        while length < min(_MOST, place + 1, at + 1) and self._guide[place - length] == text[at - length]:
+            length += 1
+        return length
+
+    def _foretells(self, pointer: Pointer, token: int) -> bool:
+        return pointer.position < len(self._guide) and self._guide[pointer.position] == token
+
+    def _learn(self, token: int) -> None:
+        """One token of the text has become certain."""
+        right: dict[int, float] = {}
+        for p in self._pointers:
+            hit = self._foretells(p, token)
+            trust = self._trust[p.run] + _LEARNING * p.weight * (hit - self._trust[p.run])
+            self._trust[p.run] = min(trust, _SURE)
+            if hit and p.replaced is not None:
+                right[p.replaced] = right.get(p.replaced, 0.0) + p.weight
+        total = sum(right.values())
+        for count in range(len(self._replaced) if right else 0):
+            self._replaced[count] += _LEARNING * (right.get(count, 0.0) / total - self._replaced[count])
+
+
+def _copied(run: int) -> int:
+    return min(max(run, 0) + 1, _MOST)
+
+
+def _normalised(pointers: Sequence[Pointer]) -> tuple[Pointer, ...]:
+    """The likeliest pointers, one for each position, their weights adding up to 1."""
+    if len(pointers) == 1:
+        (only,) = pointers
+        return (Pointer(only.position, only.run, 1.0, only.replaced),)
+    best: dict[int, Pointer] = {}
+    for p in sorted(pointers, key=lambda p: -p.weight):
+        best.setdefault(p.position, p)
+    kept = list(best.values())[:_POINTERS]
+    total = sum(p.weight for p in kept)
+    return tuple(Pointer(p.position, p.run, p.weight / total, p.replaced) for p in kept)
