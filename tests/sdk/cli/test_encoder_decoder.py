@@ -54,7 +54,7 @@ def test_a_guide_is_drafted_from(bundle: Path) -> None:
     flags = ("--guide", "the heat", "--strategy", "aggressive", "--json")
     record = json.loads(skipstone("generate", bundle, "--source", SOURCE, *FLAGS, *flags).stdout)
     assert record["text"] == text
-    assert set(record["stats"]["rounds_by_drafter"]) == {"aggressive+guide"}
+    assert record["stats"]["rounds_by_drafter"]["aggressive+guide"] > 0
 
 
 def test_beams_are_searched_and_the_best_shown(bundle: Path) -> None:
