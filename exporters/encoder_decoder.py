@@ -26,8 +26,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import quiet_loading
@@ -42,6 +40,11 @@ from skipstone.exporters.encoder_decoder_modules import (
 )
 from skipstone.exporters.segments import Embedding, Head, HeadShape
 from skipstone.exporters.segments import _rows_of as rows_of
+from skipstone.runtimes.quiet import quiet_libraries
+
+with quiet_libraries():  # transformers loads what quantisers it finds, and those write what they lack
+    from transformers.activations import NewGELUActivation
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 ATTENTION = "skipstone_cores"
 HIDDEN = -1e9  # added to a score: out of sight; finite, as not every backend's softmax takes infinities

@@ -10,9 +10,12 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from skipstone.exporters.segments import HeadShape
+from skipstone.runtimes.quiet import quiet_libraries
+
+with quiet_libraries():  # transformers loads what quantisers it finds, and those write what they lack
+    from transformers.cache_utils import Cache, EncoderDecoderCache
 
 
 class AttentionCore(nn.Module):

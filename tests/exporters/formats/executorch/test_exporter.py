@@ -208,7 +208,7 @@ def test_every_scheme_runs_and_speculates_as_it_decodes(
         ),
         (
             {"format": "gguf", "context_length": 64},
-            "--context-length 64: a GGUF bundle takes it when it is opened",
+            "--context-length 64: a GGUF bundle of a decoder alone takes it when it is opened",
         ),
     ],
 )
