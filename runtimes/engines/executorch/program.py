@@ -6,6 +6,7 @@ Every call goes through `Program.call`, which compares widths, dtypes and layout
 
 from __future__ import annotations
 
+import gc
 import os
 import struct
 import weakref
@@ -233,6 +234,8 @@ def set_threads(count: int) -> None:
         present = library._threadpool_get_thread_count()
     if present == count:
         return
+    if _LIVE:
+        gc.collect()  # a model that nobody closed or holds may wait for it
     if _LIVE:
         raise EngineError(
             f"{count} threads: models that use {present} are open in this process, and ExecuTorch has one pool",

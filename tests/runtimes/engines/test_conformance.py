@@ -154,6 +154,8 @@ def test_any_sequence_of_operations_agrees_with_plain_prefill(
             suppress_health_check=[HealthCheck.too_slow],
         ),
     )
+    for session in inner.values():
+        session.close()
     engine.close()
 
 
