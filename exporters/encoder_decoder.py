@@ -38,8 +38,7 @@ from skipstone.exporters.encoder_decoder_modules import (
     self_attention,
     source_attention,
 )
-from skipstone.exporters.segments import Embedding, Head, HeadShape
-from skipstone.exporters.segments import _rows_of as rows_of
+from skipstone.exporters.segments import Embedding, Head, HeadShape, rows_of
 from skipstone.runtimes.quiet import quiet_libraries
 
 with quiet_libraries():  # transformers loads what quantisers it finds, and those write what they lack

@@ -226,12 +226,12 @@ def cut_decoder(
     return Parts(
         embedding=Embedding(decoder.embed_tokens),
         segments=segments,
-        head=Head(norm, _rows_of(whole.lm_head, None)),
-        draft_head=None if draft_tokens is None else Head(norm, _rows_of(whole.lm_head, draft_tokens)),
+        head=Head(norm, rows_of(whole.lm_head, None)),
+        draft_head=None if draft_tokens is None else Head(norm, rows_of(whole.lm_head, draft_tokens)),
     )
 
 
-def _rows_of(head: nn.Linear, tokens: NDArray[np.int32] | None) -> nn.Linear:
+def rows_of(head: nn.Linear, tokens: NDArray[np.int32] | None) -> nn.Linear:
     """Some rows of an LM head, all of them for None; a copy, so that a tied embedding can be quantised apart."""
     rows = slice(None) if tokens is None else torch.from_numpy(tokens.astype(np.int64))
     weight = head.weight.detach()[rows].clone()

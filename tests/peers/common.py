@@ -13,13 +13,13 @@ from rich.table import Table
 
 from skipstone.benchmark.lossless import first_difference
 from skipstone.benchmark.measure import Progress, Runner, Sample, Series, StrategyRunner, measure_interleaved
-from skipstone.benchmark.prompts import read_prompts
+from skipstone.benchmark.prompts import Texts, read_prompts
 from skipstone.benchmark.report import this_machine, write_json
 from skipstone.benchmark.rows import make_row, seconds_per_token
 from skipstone.benchmark.subject import Subject, new_policy
 from skipstone.bundle import open_bundle
 from skipstone.exporters.pipeline import export_checkpoint
-from skipstone.inputs import ModelInput
+from skipstone.inputs import ModelInput, encode_input
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.generate import GenerationLimits
 from skipstone.runtimes.sampling import SamplingConfig
@@ -34,7 +34,7 @@ class Settings:
     """The command line of a comparison."""
 
     checkpoint: Path
-    prompts: tuple[str, ...]
+    texts: Texts
     max_new_tokens: int
     repeats: int
     threads: int
@@ -42,11 +42,13 @@ class Settings:
     output: Path
 
 
-def parse_settings(description: str, name: str, quantize: str) -> Settings:
+def parse_settings(
+    description: str, name: str, quantize: str, *, model: str = "coder", prompts: str = "code.jsonl"
+) -> Settings:
     """Read the command line; `name` is the record's file name under docs/benchmarks."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "samples" / "models" / "coder")
-    parser.add_argument("--prompts", type=Path, default=ROOT / "samples" / "prompts" / "code.jsonl")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "samples" / "models" / model)
+    parser.add_argument("--prompts", type=Path, default=ROOT / "samples" / "prompts" / prompts)
     parser.add_argument("--limit", type=int, default=8, help="prompts to use")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
@@ -54,9 +56,10 @@ def parse_settings(description: str, name: str, quantize: str) -> Settings:
     parser.add_argument("--quantize", default=quantize)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks" / name)
     chosen = parser.parse_args()
+    texts = read_prompts(chosen.prompts)
     return Settings(
         checkpoint=chosen.checkpoint,
-        prompts=read_prompts(chosen.prompts).prompts[: chosen.limit],
+        texts=Texts(texts.prompts[: chosen.limit], texts.sources[: chosen.limit]),
         max_new_tokens=chosen.max_new_tokens,
         repeats=chosen.repeats,
         threads=chosen.threads,
@@ -82,6 +85,7 @@ def compare(
     peers: dict[str, Callable[[], Runner]],
     own_plain: dict[str, str],
     about: dict[str, str],
+    ours: Sequence[str] = OURS,
 ) -> None:
     """Run our strategies and the peers' in turns, print a table and write the record.
 
@@ -91,10 +95,10 @@ def compare(
         peers: makes a runner, by the name of its row.
         own_plain: for every peer's row the row of that system's plain decoding.
         about: versions and settings worth recording.
+        ours: our strategies, `plain` first.
     """
-    limits = GenerationLimits(settings.max_new_tokens)
     with Subject(open_bundle(bundle), EngineOptions(threads=settings.threads)) as subject:
-        prompts = [ModelInput(tuple(subject.codec.encode(text))) for text in settings.prompts]
+        prompts, limits = inputs_of(subject, settings), limits_of(subject, settings)
 
         def make_runner(name: str) -> Runner:
             if name in peers:
@@ -110,7 +114,7 @@ def compare(
                 bar.update(task, description=progress.strategy, completed=progress.done, total=progress.total)
                 bar.refresh()
 
-            found = measure_interleaved(make_runner, (*OURS, *peers), prompts, settings.repeats, told)
+            found = measure_interleaved(make_runner, (*ours, *peers), prompts, settings.repeats, told)
         by_name = {series.strategy: series for series in found}
         rows = [
             _record(series, by_name, own_plain.get(series.strategy, "plain"), subject.costs.plain)
@@ -130,6 +134,20 @@ def compare(
     }
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(settings.output, record)
+
+
+def inputs_of(subject: Subject, settings: Settings) -> list[ModelInput]:
+    """The texts that the model takes: prompts, or an encoder-decoder's sources."""
+    codec, facts = subject.codec, subject.bundle.manifest.model
+    if facts.encoder is None:
+        return [encode_input(codec, facts, text) for text in settings.texts.prompts]
+    return [encode_input(codec, facts, source=text) for text in settings.texts.sources]
+
+
+def limits_of(subject: Subject, settings: Settings) -> GenerationLimits:
+    """Decoders run on past the end of the text, so that all generate as much; an encoder-decoder's output ends."""
+    facts = subject.bundle.manifest.model
+    return GenerationLimits(settings.max_new_tokens, () if facts.encoder is None else facts.eos_token_ids)
 
 
 def _record(series: Series, by_name: dict[str, Series], own: str, plain_cost: float) -> dict[str, object]:

@@ -167,7 +167,8 @@ def main() -> None:
     settings = parse_settings("Compare with optimum-executorch.", "peers-optimum-executorch.json", "none")
     tokenizer = Tokenizer.from_file(str(settings.checkpoint / "tokenizer.json"))
     prompts = [
-        ModelInput(tuple(tokenizer.encode(text, add_special_tokens=False).ids)) for text in settings.prompts
+        ModelInput(tuple(tokenizer.encode(text, add_special_tokens=False).ids))
+        for text in settings.texts.prompts
     ]
     programs = make_environment("optimum-executorch", PACKAGES)
     theirs = export_theirs(settings, programs)

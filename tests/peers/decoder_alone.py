@@ -1,0 +1,166 @@
+"""Compare an encoder-decoder with a decoder alone of as many parameters that does the same task by prompt.
+
+    python -m tests.peers.decoder_alone
+
+The claim measured is that of "Return of the Encoder" (arXiv 2501.16273, abstract): at equal size the first token comes
+sooner, since the encoder's layers are run once over the source and only the decoder's for every token.
+
+The decoder alone has the shape of `coder`, with as many layers as bring it next to the encoder-decoder's number of
+parameters, and random weights: what it writes is noise, what it costs is not. It reads the source and a line
+break, and writes as many tokens as the corrected sentence has. Both are exported in the same format and types, and
+take turns, sentence by sentence, in one process. Quality is not compared: that would take training the decoder on the
+same pairs.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from skipstone.benchmark.measure import Runner, Sample, Series, StrategyRunner, measure_interleaved
+from skipstone.benchmark.report import this_machine, write_json
+from skipstone.benchmark.subject import Subject, new_policy
+from skipstone.bundle import open_bundle
+from skipstone.exporters.pipeline import export_checkpoint
+from skipstone.inputs import ModelInput
+from skipstone.runtimes.engines import EngineOptions
+from skipstone.runtimes.generate import GenerationLimits
+from skipstone.runtimes.sampling import SamplingConfig
+from skipstone.runtimes.strategies import StrategyOptions
+from tests.peers.common import ROOT, Settings, command_line, inputs_of, limits_of, parse_settings
+
+ALONE = "decoder alone, plain"
+STRATEGIES = ("plain", "aggressive", "auto")
+
+
+def write_decoder(settings: Settings, parameters: int, folder: Path) -> tuple[int, int]:
+    """A decoder of `coder`'s shape next to so many parameters; its layers and its parameters."""
+    config = AutoConfig.from_pretrained(ROOT / "samples" / "models" / "coder")
+    sizes = []
+    for layers in (1, 2):
+        config.num_hidden_layers = layers
+        with torch.device("meta"):
+            sizes.append(AutoModelForCausalLM.from_config(config).num_parameters())
+    config.num_hidden_layers = 1 + round((parameters - sizes[0]) / (sizes[1] - sizes[0]))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(0.02)  # near ties everywhere would fail the self-test of quantised exports
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(settings.checkpoint).save_pretrained(folder)
+    return config.num_hidden_layers, model.num_parameters()
+
+
+@dataclass
+class AloneRunner:
+    """Plain decoding after the source, for as many tokens as are written of each sentence."""
+
+    subject: Subject
+    lengths: dict[tuple[int, ...], int]
+
+    def __call__(self, given: ModelInput) -> Sample:
+        policy = new_policy("plain", self.subject, None, StrategyOptions())
+        limits = GenerationLimits(self.lengths[given.source])
+        run = StrategyRunner((self.subject,), policy, limits, SamplingConfig())
+        return run(ModelInput((*given.source, *self.subject.codec.tokens("\n"))))
+
+
+def row_of(series: Series, plain: Series) -> dict[str, object]:
+    """Medians over sentences and passes; seconds per sentence are from its start to its last token."""
+    samples = [sample for passed in series.samples for sample in passed]
+    others = [sample for passed in plain.samples for sample in passed]
+    fresh = sum(len(sample.tokens) - 1 for sample in samples)
+    return {
+        "row": series.strategy,
+        "tokens_per_second": fresh / sum(sample.decode_seconds for sample in samples),
+        "ttft_ms": 1e3 * median(sample.first_seconds for sample in samples),
+        "ms_per_sentence": 1e3 * median(map(total_seconds, samples)),
+        "sentence_speedup": median(
+            total_seconds(other) / total_seconds(sample)
+            for sample, other in zip(samples, others, strict=True)
+        ),
+        "tokens_per_sentence": median(len(sample.tokens) for sample in samples),
+    }
+
+
+def total_seconds(sample: Sample) -> float:
+    """Of a whole sentence."""
+    return sample.first_seconds + sample.decode_seconds
+
+
+def show(rows: Sequence[dict[str, object]]) -> None:
+    """The rows as a table."""
+    table = Table(box=SIMPLE_HEAD)
+    names = ("row", "tok/s", "ttft ms", "ms a sentence", "× decoder alone")
+    for name in names:
+        table.add_column(name, justify="left" if name == "row" else "right", no_wrap=True)
+    for row in rows:
+        figures = ("tokens_per_second", "ttft_ms", "ms_per_sentence", "sentence_speedup")
+        table.add_row(str(row["row"]), *(f"{row[figure]:.2f}" for figure in figures))
+    Console(width=100).print(table)
+
+
+def main() -> None:
+    """Entry point."""
+    settings = parse_settings(
+        "Compare with a decoder alone.",
+        "decoder-alone.json",
+        "q8_0",
+        model="speller",
+        prompts="speller_held_out.jsonl",
+    )
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as opened:
+        folder, options = Path(scratch), EngineOptions(threads=settings.threads)
+        export_checkpoint(settings.checkpoint, folder / "pair", quantize=settings.quantize)
+        pair = open_bundle(folder / "pair")
+        parameters = pair.manifest.model.parameters
+        layers, alone_parameters = write_decoder(settings, parameters, folder / "checkpoint")
+        export_checkpoint(folder / "checkpoint", folder / "alone", quantize=settings.quantize, exits=())
+        subject = opened.enter_context(Subject(pair, options))
+        alone = opened.enter_context(Subject(open_bundle(folder / "alone"), options))
+        inputs, limits = inputs_of(subject, settings), limits_of(subject, settings)
+
+        def runner(strategy: str) -> StrategyRunner:
+            policy = new_policy(strategy, subject, None, StrategyOptions())
+            return StrategyRunner((subject,), policy, limits, SamplingConfig())
+
+        lengths = {given.source: max(2, len(runner("plain")(given).tokens)) for given in inputs}
+
+        def make(name: str) -> Runner:
+            return AloneRunner(alone, lengths) if name == ALONE else runner(name)
+
+        make(ALONE)(inputs[0])
+        found = measure_interleaved(
+            make, (ALONE, *STRATEGIES), inputs, settings.repeats, lambda _progress: None
+        )
+    rows = [row_of(series, found[0]) for series in found]
+    show(rows)
+    record = {
+        "command": command_line(),
+        "about": {
+            "encoder_decoder_parameters": parameters,
+            "decoder_alone_parameters": alone_parameters,
+            "decoder_alone_layers": layers,
+        },
+        "machine": asdict(this_machine()),
+        "threads": settings.threads,
+        "quantization": settings.quantize,
+        "sentences": len(inputs),
+        "repeats": settings.repeats,
+        "rows": rows,
+    }
+    write_json(settings.output, record)
+
+
+if __name__ == "__main__":
+    main()
