@@ -38,6 +38,7 @@ types: setup
 	@$(BIN)/python tools/link_packages.py
 	$(BIN)/mypy -p skipstone
 	$(BIN)/mypy tools
+	$(BIN)/mypy -p samples.corrector
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -80,5 +81,5 @@ $(STAMPS)/llamacpp: $(STAMPS)/torch tools/build_llamacpp.py
 
 # An ordinary editable install finds new modules by itself; only the mapping in pyproject.toml is fixed by it.
 $(STAMPS)/package: $(STAMPS)/llamacpp pyproject.toml setup.py
-	$(PIP) --no-build-isolation -e ".[llamacpp,export,executorch,dev]"
+	$(PIP) --no-build-isolation -e ".[llamacpp,export,executorch,samples,dev]"
 	@touch $@

@@ -4,7 +4,8 @@
     ...     print(piece.after, end="")
     There is an error here. And a second one.
 
-What the model cannot read or does not bring to an end is left as it is, so no text is ever lost.
+What the model cannot read, does not bring to an end or turns into bytes that are no text is left as it is, so no text is
+ever lost.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from skipstone.model import GenerationResult, Model
 from skipstone.runtimes.strategies import StrategyOptions
 from skipstone.sentences import split_to_fit
 
+_REPLACEMENT = "\ufffd"  # bytes that are no text decode to it
 _ROOM = 16  # tokens that a rewritten sentence may have beyond half as many again
 
 
@@ -26,7 +28,7 @@ class Rewritten:
 
     Attributes:
         before: as it was; the pieces joined are the text.
-        after: what the model made of it; `before` where there is no result, or one that was cut off.
+        after: what the model made of it; `before` where there is no result, or one that was cut off or is no text.
         result: of the generation; None where there was nothing to read or the tokenizer cannot give it back.
     """
 
@@ -60,7 +62,7 @@ def _rewrite(model: Model, piece: str, strategy: str, options: StrategyOptions |
         return Rewritten(piece, piece, None)
     most = len(tokens) * 3 // 2 + _ROOM
     result = model.generate(source=core, max_new_tokens=most, strategy=strategy, options=options)
-    if result.stop_reason != "eos":
+    if result.stop_reason != "eos" or result.text.count(_REPLACEMENT) > core.count(_REPLACEMENT):
         return Rewritten(piece, piece, result)
     start = piece.index(core)
     return Rewritten(piece, piece[:start] + result.text + piece[start + len(core) :], result)

@@ -191,6 +191,15 @@ def test_an_answer_without_an_end_leaves_the_text_as_it_was(translator: MakeTran
     assert piece.result.stop_reason == "length"
 
 
+def test_an_answer_in_bytes_that_are_no_text_leaves_the_text_as_it_was(translator: MakeTranslator) -> None:
+    model, _ = translator(lambda source: source.replace(b"n", b"\xff", 1))
+    text = "A \ufffd without. One sentence."
+    pieces = list(rewrite(model, text))
+    assert "".join(piece.after for piece in pieces) == text
+    assert pieces[-1].result is not None
+    assert "\ufffd" in pieces[-1].result.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["junk", "prose", "one word"])
 def test_a_megabyte_is_rewritten_and_nothing_lost(translator: MakeTranslator, kind: str) -> None:
