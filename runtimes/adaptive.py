@@ -6,6 +6,7 @@
   section 3.3: softmax margin, with a threshold that decays as in equation 5). The paper copies the exit's hidden state
   into the layers that were skipped; here rows lag, and are caught up in one batch when a later token needs those
   layers, so that nothing but the choice of tokens is approximate.
+- `calibrated_options`: the thresholds that `skipstone calibrate` found, with what it has shown of them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstone.bundle import Calibration, Knob, Manifest
 from skipstone.errors import UsageError
 from skipstone.runtimes.generate import GenerationLimits, Step, StopReason
+from skipstone.runtimes.risk import Guarantee
 from skipstone.runtimes.sampling import softmax
 from skipstone.runtimes.session import Session
 
@@ -35,10 +39,12 @@ class AdaptiveOptions:
             more than about this, a value in [0, 1]; None: never.
         encoder_saturation: the encoder stops where the cosine of its hidden states before and after a segment exceeds
             this, a value in [-1, 1], in the mean over the tokens; None: never.
+        guarantee: what a calibration has shown of these values; None: nothing.
     """
 
     early_exit_margin: float | None = None
     encoder_saturation: float | None = None
+    guarantee: Guarantee | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -47,6 +53,16 @@ class AdaptiveOptions:
             raise UsageError(f"--early-exit-margin {margin}: expected a value in [0, 1]")
         if saturation is not None and not -1 <= saturation <= 1:
             raise UsageError(f"--encoder-saturation {saturation}: expected a value in [-1, 1]")
+
+    @property
+    def lossy(self) -> bool:
+        """Whether anything may stop early."""
+        return self.early_exit_margin is not None or self.encoder_saturation is not None
+
+    @property
+    def horizon(self) -> int | None:
+        """For `generate_adaptively`: a calibrated margin falls as it fell when it was calibrated."""
+        return None if self.guarantee is None else self.guarantee.max_new_tokens
 
     @property
     def settled(self) -> Saturation | None:
@@ -66,8 +82,35 @@ class Saturation:
         return float(cosines.mean()) > self.threshold
 
 
+def calibrated_options(folder: Path, manifest: Manifest, knob: Knob) -> AdaptiveOptions:
+    """What a bundle's calibration of a knob allows: its threshold, or nothing where none was found.
+
+    Args:
+        folder: the bundle's, to name it.
+        manifest: the bundle's.
+        knob: the flag that was calibrated, the other one stays unset.
+
+    Raises:
+        UsageError: it was not calibrated.
+    """
+    found: Calibration | None = next((c for c in manifest.calibrations if c.knob == knob), None)
+    if found is None:
+        raise UsageError(
+            f"--{knob} calibrated: {folder} holds no calibration of it",
+            hint=f"run `skipstone calibrate {folder} --prompts FILE.jsonl --knob {knob}`",
+        )
+    shown = Guarantee(found.risk, found.max_loss, found.confidence, found.samples, found.max_new_tokens)
+    if knob == "early-exit-margin":
+        return AdaptiveOptions(early_exit_margin=found.value, guarantee=shown)
+    return AdaptiveOptions(encoder_saturation=found.value, guarantee=shown)
+
+
 def generate_adaptively(
-    session: Session, prompt: Sequence[int], margin: float, limits: GenerationLimits
+    session: Session,
+    prompt: Sequence[int],
+    margin: float,
+    limits: GenerationLimits,
+    horizon: int | None = None,
 ) -> Generator[Step]:
     """Generate greedily after a prompt; a step is one token, its `drafter` the exit it came from, "" for the last one.
 
@@ -76,6 +119,7 @@ def generate_adaptively(
         prompt: token ids, at least one.
         margin: λ, see `AdaptiveOptions`.
         limits: when to stop.
+        horizon: number of tokens over which the threshold falls to the margin; None: as many as `limits` allow.
 
     Raises:
         UsageError, ContextFullError: an empty or over-long prompt, or a model without a draft head; the session is as
@@ -83,7 +127,7 @@ def generate_adaptively(
     """
     if session.engine.draft_vocabulary is None or len(session.exits) == 1:
         raise UsageError("this bundle has no early exits", hint="export it with --exits")
-    start = session.length
+    start, horizon = session.length, horizon or limits.max_new_tokens
     token, name, began = int(session.prefill(prompt).argmax()), "", time.perf_counter()
     emitted = 0
     try:
@@ -96,7 +140,7 @@ def generate_adaptively(
                 return
             began = time.perf_counter()
             (row,) = session.push([token])
-            token, name = _next(session, row, _threshold(margin, emitted, limits.max_new_tokens))
+            token, name = _next(session, row, _threshold(margin, emitted, horizon))
             session.commit(row)
     finally:
         session.discard()
@@ -115,9 +159,9 @@ def _next(session: Session, row: int, threshold: float) -> tuple[int, str]:
     return int(logits.argmax()), ""
 
 
-def _threshold(margin: float, generated: int, most: int) -> float:
+def _threshold(margin: float, generated: int, horizon: int) -> float:
     """Early tokens, on which more depends, must be surer (after equation 5, but so that a margin of 1 means never)."""
-    return margin + 0.1 * (1.0 - margin) * math.exp(-_DECAY * generated / most)
+    return margin + 0.1 * (1.0 - margin) * math.exp(-_DECAY * generated / horizon)
 
 
 def _stop(session: Session, token: int, emitted: int, limits: GenerationLimits) -> StopReason | None:

@@ -22,12 +22,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from skipstone.bundle import Bundle, open_bundle
+from skipstone.bundle import Bundle, Knob, open_bundle
 from skipstone.devices.cost import measure
 from skipstone.errors import BundleError, UsageError
 from skipstone.inputs import ModelInput, Text, encode_input
 from skipstone.results import Chunk, Collector, GenerationResult, GenerationStats
-from skipstone.runtimes.adaptive import AdaptiveOptions, generate_adaptively
+from skipstone.runtimes.adaptive import AdaptiveOptions, calibrated_options, generate_adaptively
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftModelMaker, check_vocabularies
@@ -122,7 +122,7 @@ class Model:
             options: what to fix of the strategy.
             assistant_model: folder of a draft model's bundle, for strategy `draft-model`.
             ignore_eos: go on after an end-of-text token.
-            adaptive: where to stop early, at the price of an output that may differ; None: nowhere.
+            adaptive: where to stop early, at the price of an output that may differ; None: nowhere. See `calibrated`.
 
         Raises:
             UsageError, ContextFullError: the arguments cannot work; the model stays usable. For sources longer than
@@ -179,7 +179,9 @@ class Model:
         if adaptive.early_exit_margin is None:
             steps = generate(self.session, rest, policy, sampler, limits, costs)
         else:
-            steps = generate_adaptively(self.session, rest, adaptive.early_exit_margin, limits)
+            steps = generate_adaptively(
+                self.session, rest, adaptive.early_exit_margin, limits, adaptive.horizon
+            )
         collector = Collector(self.codec, stop, strategy, given, began)
         try:
             for step in steps:
@@ -191,7 +193,7 @@ class Model:
             kept = len(given.prompt) + len(collector.tokens) - 1
             self.session.rewind(min(self.session.length, max(0, kept)))
         tail, self.last_result = collector.finish(
-            self.session.encoder_layers, lossy=adaptive != AdaptiveOptions()
+            self.session.encoder_layers, lossy=adaptive.lossy, guarantee=adaptive.guarantee
         )
         if tail:
             yield Chunk(tail, (), 0, "")
@@ -211,6 +213,14 @@ class Model:
             materials = Materials(self.engine, self.costs, options, self._table, maker, guide)
             self._policies[key] = make_policy(strategy, materials)
         return self._policies[key]
+
+    def calibrated(self, knob: Knob = "early-exit-margin") -> AdaptiveOptions:
+        """For `generate`: to stop early where `skipstone calibrate` has shown that it costs little.
+
+        Raises:
+            UsageError: the bundle holds no calibration of this flag.
+        """
+        return calibrated_options(self.bundle.path, self.bundle.manifest, knob)
 
     def close(self) -> None:
         """Free weights and caches. Idempotent."""

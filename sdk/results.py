@@ -9,6 +9,7 @@ from typing import Literal
 
 from skipstone.inputs import ModelInput
 from skipstone.runtimes.generate import Step, StopReason
+from skipstone.runtimes.risk import Guarantee
 from skipstone.runtimes.text import StopFinder, TextCodec
 
 
@@ -27,6 +28,7 @@ class GenerationStats:
         source_tokens: what an encoder-decoder read; 0 of a decoder alone.
         encoder_layers: of an encoder-decoder, that were run over the source.
         lossy: the output may differ from plain decoding's, because `skipstone.runtimes.adaptive` was told to stop early.
+        guarantee: what a calibration has shown of the difference; None: nothing.
     """
 
     strategy: str
@@ -41,6 +43,7 @@ class GenerationStats:
     source_tokens: int = 0
     encoder_layers: int = 0
     lossy: bool = False
+    guarantee: Guarantee | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -125,7 +128,9 @@ class Collector:
         rejected = self._codec.decode(step.rejected) if step.rejected else ""
         return Chunk("".join(pieces), step.tokens[:used], min(step.accepted, used), rejected)
 
-    def finish(self, encoder_layers: int, *, lossy: bool) -> tuple[str, GenerationResult]:
+    def finish(
+        self, encoder_layers: int, *, lossy: bool, guarantee: Guarantee | None = None
+    ) -> tuple[str, GenerationResult]:
         """Text held back so far, and the result."""
         tail = ""
         if self.stop_reason is None:
@@ -144,6 +149,7 @@ class Collector:
             source_tokens=len(self._given.source),
             encoder_layers=encoder_layers,
             lossy=lossy,
+            guarantee=guarantee,
         )
         reason = self.stop_reason or self._ended
         return tail, GenerationResult("".join(self._text), tuple(self.tokens), reason, stats)

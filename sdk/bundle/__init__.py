@@ -8,6 +8,7 @@
 Nothing here imports torch or an engine; a bundle holds no pickles.
 """
 
+from skipstone.bundle.calibration import Calibration, Knob, Risk
 from skipstone.bundle.folder import (
     Bundle,
     bundle_in_progress,
@@ -17,6 +18,7 @@ from skipstone.bundle.folder import (
     hash_file,
     open_bundle,
     read_manifest,
+    store_calibration,
     write_manifest,
 )
 from skipstone.bundle.manifest import (
@@ -49,6 +51,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SOURCE_PROGRAM_INTERFACE",
     "Bundle",
+    "Calibration",
     "CostCurve",
     "DraftHeadEntry",
     "EmbeddingEntry",
@@ -57,6 +60,7 @@ __all__ = [
     "ExecuTorchManifest",
     "FileEntry",
     "GgufManifest",
+    "Knob",
     "Manifest",
     "MethodEntry",
     "ModelFacts",
@@ -65,6 +69,7 @@ __all__ = [
     "Provenance",
     "Quality",
     "Quantization",
+    "Risk",
     "SegmentEntry",
     "bundle_in_progress",
     "describe_file",
@@ -73,5 +78,6 @@ __all__ = [
     "hash_file",
     "open_bundle",
     "read_manifest",
+    "store_calibration",
     "write_manifest",
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from skipstone.bundle.calibration import Calibration
 from skipstone.bundle.manifest import (
     MANIFEST,
     MANIFEST_NAME,
@@ -146,8 +147,29 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json into `folder`, through a temporary file."""
     target = folder / MANIFEST_NAME
     draft = folder / (MANIFEST_NAME + ".part")
-    draft.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    draft.replace(target)
+    try:
+        draft.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        draft.replace(target)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def store_calibration(folder: Path, calibration: Calibration) -> None:
+    """Keep a calibration in a bundle's manifest, in place of an earlier one of the same knob.
+
+    Raises:
+        BundleError: there is no bundle, or its manifest cannot be written; it is as it was then.
+    """
+    manifest = read_manifest(folder)
+    others = (kept for kept in manifest.calibrations if kept.knob != calibration.knob)
+    try:
+        write_manifest(folder, manifest.model_copy(update={"calibrations": (*others, calibration)}))
+    except OSError as error:
+        raise BundleError(
+            f"{folder / MANIFEST_NAME}: cannot be written: {error}",
+            hint="free space, or copy the bundle to a folder of your own",
+        ) from error
 
 
 @contextmanager

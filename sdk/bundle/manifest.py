@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
+from skipstone.bundle.calibration import Calibration
+
 SCHEMA_VERSION: Literal[1] = 1
 # what an ExecuTorch program's methods take and compute: a decoder's, an encoder-decoder's
 PROGRAM_INTERFACE, SOURCE_PROGRAM_INTERFACE = 2, 3
@@ -239,7 +241,8 @@ class ProgramEntry(_Record):
 class ManifestBase(_Record):
     """What the manifests of all formats hold, schema version 1.
 
-    `parity` is None only where the artefact could not be run on the machine that exported it.
+    `parity` is None only where the artefact could not be run on the machine that exported it; `calibrations` come later,
+    at most one of each knob.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -252,6 +255,7 @@ class ManifestBase(_Record):
     parity: Parity | None
     quality: Quality | None = None
     cost: CostCurve | None = None
+    calibrations: tuple[Calibration, ...] = ()
     files: tuple[FileEntry, ...]
     provenance: Provenance
 
@@ -269,6 +273,14 @@ class ManifestBase(_Record):
     def _artefacts(self) -> dict[str, str]:
         """The part of `contents` that the format's own entries name."""
         return {}
+
+    @field_validator("calibrations")
+    @classmethod
+    def _one_calibration_of_each_knob(cls, value: tuple[Calibration, ...]) -> tuple[Calibration, ...]:
+        knobs = [calibration.knob for calibration in value]
+        if len(set(knobs)) < len(knobs):
+            raise ValueError(f"calibrations of {', '.join(knobs)}: at most one of each was expected")
+        return value
 
     @model_validator(mode="after")
     def _named_files_are_listed(self) -> Self:

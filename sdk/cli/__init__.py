@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from skipstone.cli.bench import bench
+from skipstone.cli.calibrate import calibrate
 from skipstone.cli.devices import devices
 from skipstone.cli.export import export
 from skipstone.cli.generate import generate
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (export, generate, bench, inspect, tune, devices):
+for _command in (export, generate, bench, calibrate, inspect, tune, devices):
     app.command()(_command)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,6 +80,7 @@ def bench(
     from skipstone.benchmark.render import show
     from skipstone.benchmark.report import check_writable, write_json
     from skipstone.benchmark.run import BenchOptions, run_bench
+    from skipstone.cli._progress import progress_bar
     from skipstone.runtimes.sampling import SamplingConfig
     from skipstone.runtimes.strategies import StrategyOptions
 
@@ -113,7 +113,11 @@ def bench(
     if json is not None:
         check_writable(json)
     profiler = _profiler(bundle) if profile else None
-    with _bar() as report_progress:
+    with progress_bar("measuring costs") as show_progress:
+
+        def report_progress(at: Progress) -> None:
+            show_progress(at.strategy, at.done, at.total)
+
         report = run_bench(bundle, options, report_progress)
         measured = None if profiler is None else profiler(options.engine, report_progress)
     if json is not None:
@@ -162,22 +166,3 @@ def _profiler(
         )
 
     return run
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
-    """A progress bar on standard error, on a terminal only."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Drawn between generations, not from a thread of its own, which would take time from what is measured.
-    with Bar(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("measuring costs", total=None)
-
-        def report(progress: Progress) -> None:
-            bar.update(task, description=progress.strategy, completed=progress.done, total=progress.total)
-            bar.refresh()
-
-        yield report

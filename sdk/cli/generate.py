@@ -54,15 +54,16 @@ def generate(
     assistant_confidence_threshold: flags.AssistantConfidenceThreshold = None,
     prompt_lookup_num_tokens: flags.PromptLookupNumTokens = None,
     early_exit_margin: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="Lossy: leave the decoder early where an exit is surer than this.", show_default="never"
+            help="Lossy: leave the decoder early where an exit is surer than this; or 'calibrated'.",
+            show_default="never",
         ),
     ] = None,
     encoder_saturation: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="Lossy: stop the encoder where its states turn no more than this cosine.",
+            help="Lossy: stop the encoder where its states turn no more than this cosine; or 'calibrated'.",
             show_default="never",
         ),
     ] = None,
@@ -105,8 +106,8 @@ def generate(
     from skipstone.beams import search_beams
     from skipstone.cli._common import check_strategy
     from skipstone.cli._drafts import DraftView, plain_view
+    from skipstone.cli._thresholds import early_stopping, look_up
     from skipstone.model import load_model
-    from skipstone.runtimes.adaptive import AdaptiveOptions
     from skipstone.runtimes.beam import BeamOptions
     from skipstone.runtimes.generate import GenerationLimits
     from skipstone.runtimes.sampling import SamplingConfig
@@ -131,11 +132,17 @@ def generate(
     beams = BeamOptions(
         num_beams, num_return_sequences, length_penalty, patience, num_beam_groups, diversity_penalty
     )
-    adaptive = AdaptiveOptions(early_exit_margin, encoder_saturation)
+    stopping = early_stopping(early_exit_margin, encoder_saturation)
     check_strategy(strategy)
-    _check_beams(beams, sampling, show_drafts=show_drafts)
+    _check_beams(
+        beams,
+        sampling,
+        show_drafts=show_drafts,
+        lossy=early_exit_margin is not None or encoder_saturation is not None,
+    )
     if json and show_drafts:
         raise UsageError("--json and --show-drafts do not go together", hint="leave one of them out")
+    adaptive = look_up(stopping, bundle)
     with load_model(
         bundle, context_length=context_length, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers
     ) as model:
@@ -175,7 +182,7 @@ def generate(
         print(_summary(result), file=sys.stderr)
 
 
-def _check_beams(beams: BeamOptions, sampling: SamplingConfig, *, show_drafts: bool) -> None:
+def _check_beams(beams: BeamOptions, sampling: SamplingConfig, *, show_drafts: bool, lossy: bool) -> None:
     """Refuse what does not go with beam search.
 
     Raises:
@@ -185,6 +192,11 @@ def _check_beams(beams: BeamOptions, sampling: SamplingConfig, *, show_drafts: b
         raise UsageError(
             "--num-beams: beam search neither samples, nor penalises repetition, nor drafts",
             hint="leave --temperature, --repetition-penalty and --show-drafts out",
+        )
+    if beams.num_beams > 1 and lossy:
+        raise UsageError(
+            "--num-beams: beam search does not stop early",
+            hint="leave --early-exit-margin and --encoder-saturation out",
         )
 
 
@@ -255,5 +267,5 @@ def _summary(result: GenerationResult) -> str:
             f"{stats.accepted} of {stats.drafted} drafts accepted",
         ]
     if stats.lossy:
-        parts.append("lossy")
+        parts.append("lossy" if stats.guarantee is None else f"lossy: {stats.guarantee}")
     return f"[{stats.strategy}: {', '.join(parts)}]"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from skipstone.bundle import CostCurve, Manifest, Parity, Quality, open_bundle, read_manifest
+from skipstone.bundle import Calibration, CostCurve, Manifest, Parity, Quality, open_bundle, read_manifest
 from skipstone.cli._options import BundleFolder, ManifestJson
 from skipstone.cli._untested import untested
 
@@ -46,6 +46,8 @@ def inspect(
         console.print(_parity(manifest.parity))
     if manifest.quality is not None:
         console.print(_quality(manifest.quality))
+    for calibration in manifest.calibrations:
+        console.print(_calibrated(calibration), highlight=False, soft_wrap=True)
     if manifest.cost is not None:
         console.print(_cost(manifest.cost))
     if report is not None:
@@ -129,6 +131,14 @@ def _quality(quality: Quality) -> Table:
     if quality.agreement is not None:
         table.add_row("best token as the checkpoint's", f"{quality.agreement:.1%}", "")
     return table
+
+
+def _calibrated(found: Calibration) -> str:
+    value = "never" if found.value is None else f"{found.value:g}"
+    return (
+        f"--{found.knob} calibrated: {value} ({found.risk} loss ≤ {found.max_loss:g} with confidence "
+        f"{found.confidence:g}, {found.samples} texts)"
+    )
 
 
 def _cost(cost: CostCurve) -> Table:
