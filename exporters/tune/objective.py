@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 
 class ExitLosses(NamedTuple):
-    """Mean losses per token in nats, float32: of the last layer, and summed over the exits asked for."""
+    """Mean losses per token in nats, float32: of the last layer, and summed over the exits asked for.
+
+    `alignment` is an encoder-decoder's, weighted (see `alignment`).
+    """
 
     final: Tensor
     exits: Tensor
+    alignment: Tensor | float = 0.0
 
 
 class LayerSkipNet(nn.Module):

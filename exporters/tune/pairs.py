@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipstone.errors import SkipstoneError
+from skipstone.exporters.tune.alignment import NOWHERE, align
 from skipstone.exporters.tune.data import PackageShare, Source, package_shares
 from skipstone.exporters.tune.noise import corrupt
 from skipstone.exporters.tune.prose import Sentence, collect_sentences
@@ -113,7 +114,8 @@ class PairBatches(Dataset[dict[str, Tensor]]):
     """The batches of one epoch; `set_epoch` goes to another. Its length is the same for all epochs.
 
     A batch has `input_ids` and `attention_mask`, int64 [batch, source length], and `labels`, int64 [batch, target
-    length], NO_TARGET after a target's end.
+    length], NO_TARGET after a target's end. `aligned` ones have `alignment` too, of the same shape: each target's place
+    in the source, negative where it has none.
     """
 
     def __init__(
@@ -125,11 +127,13 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         longest: int,
         tokens_per_batch: int,
         seed: int,
+        aligned: bool = False,
     ) -> None:
         """`longest` is in tokens, the end included: sentences of more are left out."""
         self._tokenizer = tokenizer.backend_tokenizer
         self._noise = noise
         self._seed = seed
+        self._aligned = aligned
         lengths = _lengths(self._tokenizer, sentences)
         fitting = np.flatnonzero(lengths <= longest)
         if not len(fitting):
@@ -164,20 +168,32 @@ class PairBatches(Dataset[dict[str, Tensor]]):
             noisy(target, self._noise, seed=self._seed, epoch=self._epoch, index=int(number))
             for target, number in zip(targets, chosen, strict=True)
         ]
-        return pair_batch(self._tokenizer, sources, targets)
+        return pair_batch(self._tokenizer, sources, targets, aligned=self._aligned)
 
 
-def pair_batch(tokenizer: Tokenizer, sources: Sequence[str], targets: Sequence[str]) -> dict[str, Tensor]:
+def pair_batch(
+    tokenizer: Tokenizer, sources: Sequence[str], targets: Sequence[str], *, aligned: bool = False
+) -> dict[str, Tensor]:
     """What `PairBatches` gives, for these texts."""
-    inputs = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch_fast(list(sources))]
-    labels = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch_fast(list(targets))]
-    padded = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=PAD_ID)
+    inputs = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(sources))]
+    labels = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(targets))]
+    padded = _padded(inputs, PAD_ID)
     lengths = torch.tensor([len(ids) for ids in inputs])
-    return {
+    batch = {
         "input_ids": padded,
         "attention_mask": (torch.arange(padded.shape[1]) < lengths.unsqueeze(1)).long(),
-        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=NO_TARGET),
+        "labels": _padded(labels, NO_TARGET),
     }
+    if aligned:
+        places = [align(source, target) for source, target in zip(inputs, labels, strict=True)]
+        batch["alignment"] = _padded(places, NOWHERE)
+    return batch
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """int64 [rows, longest row], `value` behind the others' ends."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 def token_stream(tokenizer: Tokenizer, sentences: Sequence[str]) -> npt.NDArray[np.int64]:

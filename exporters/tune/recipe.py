@@ -95,13 +95,15 @@ class Seq2Seq:
 
     With probability `encoder_share` a sequence's encoder stops at one of `encoder_exits` (a number of layers run),
     goes through the encoder's final norm there, and the decoder attends to that. The share grows as the weight of
-    the decoder's exits does.
+    the decoder's exits does. `alignment_weight` is that of the loss which shows one head of every decoder layer the
+    place in the source that the next target comes from; 0: they find it by themselves.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     encoder_exits: tuple[Positive, ...] = ()
     encoder_share: Fraction = 0.25
+    alignment_weight: Weight = 0.0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.errors import SkipstoneError
+from skipstone.exporters.tune.alignment import alignment_loss
 from skipstone.exporters.tune.objective import ExitLosses, exit_loss, final_loss
 from skipstone.exporters.tune.pairs import NO_TARGET
 
@@ -35,6 +36,7 @@ class Seq2SeqNet(nn.Module):
         *,
         encoder_exits: tuple[int, ...] = (),
         encoder_share: float = 0.0,
+        alignment_weight: float = 0.0,
         compile_parts: bool = False,
     ) -> None:
         super().__init__()
@@ -44,6 +46,7 @@ class Seq2SeqNet(nn.Module):
         self.rates = rates
         self.encoder_exits = encoder_exits
         self.encoder_share = encoder_share
+        self.alignment_weight = alignment_weight
         config: Any = model.config
         self.scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
         # One graph each for all layers, exits and lengths: weights are inputs of the graph.
@@ -57,16 +60,19 @@ class Seq2SeqNet(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
+        alignment: Tensor | None = None,
         exits: tuple[int, ...] = (),
         distil: float = 0.0,
     ) -> ExitLosses:
         """Losses for the targets `labels`, int64 [batch, length], of the sources `input_ids`, [batch, source length].
 
         `attention_mask` is 0 for padding of the sources. `distil` is the share of the last layer's (detached)
-        distribution in the target of every exit of the decoder.
+        distribution in the target of every exit of the decoder. `alignment`, of the shape of `labels`, holds the
+        targets' places in the sources, negative where there is none; None leaves that loss out.
         """
         source = self.encode(input_ids, attention_mask)
-        states = self.hidden_states(source, attention_mask, labels, exits)
+        crossings: list[Tensor] = []
+        states = self.hidden_states(source, attention_mask, labels, exits, crossings)
         model: Any = self.model
         norm, head, targets = model.decoder.final_layer_norm, model.lm_head, labels.reshape(-1)
         final, teacher = self._final_loss(norm, head, states[-1], targets, self.scale)
@@ -75,7 +81,14 @@ class Seq2SeqNet(nn.Module):
             self._exit_loss(norm, head, state, targets, teacher, share, self.scale) for state in states[:-1]
         ]
         total = torch.stack(exit_losses).sum() if exit_losses else torch.zeros_like(final)
-        return ExitLosses(final, total)
+        if alignment is None:
+            return ExitLosses(final, total)
+        padding = _padding(attention_mask, source)
+        losses = [
+            alignment_loss(layer.layer[1], crossing, source, padding, alignment)
+            for layer, crossing in zip(model.decoder.block, crossings, strict=True)
+        ]
+        return ExitLosses(final, total, self.alignment_weight * torch.stack(losses).mean())
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, *, exit_layer: int | None = None) -> Tensor:
         """What the decoder attends to, [batch, source length, width], after the encoder's final norm.
@@ -99,9 +112,17 @@ class Seq2SeqNet(nn.Module):
         return cast(Tensor, encoder.final_layer_norm(chosen))
 
     def hidden_states(
-        self, source: Tensor, attention_mask: Tensor, labels: Tensor, exits: tuple[int, ...]
+        self,
+        source: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        exits: tuple[int, ...],
+        crossings: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Hidden states [batch, length, width] after each of `exits` decoder layers, rising, then after the last."""
+        """Hidden states [batch, length, width] after each of `exits` decoder layers, rising, then after the last.
+
+        What enters the layers' cross-attention is appended to `crossings`.
+        """
         model: Any = self.model
         hidden = model.shared(shifted(labels, model.config.decoder_start_token_id))
         length = labels.shape[1]
@@ -111,7 +132,9 @@ class Seq2SeqNet(nn.Module):
         states = []
         for index, layer in enumerate(model.decoder.block):
             kept = self._kept(index, hidden)
-            hidden = self._decoder_layer(layer, hidden, bias, source, padding, kept)
+            hidden, crossing = self._decoder_layer(layer, hidden, bias, source, padding, kept)
+            if crossings is not None:
+                crossings.append(crossing)
             if index + 1 in exits:
                 states.append(hidden)
         return [*states, hidden]
@@ -196,12 +219,13 @@ def _encoder_layer(layer: nn.Module, hidden: Tensor, bias: Tensor) -> Tensor:
 
 
 def _decoder_layer(
-    layer: nn.Module, hidden: Tensor, bias: Tensor, source: Tensor, padding: Tensor, kept: Tensor | None
-) -> Tensor:
-    output = layer(
-        hidden, position_bias=bias, encoder_hidden_states=source, encoder_decoder_position_bias=padding
-    )[0]
-    return cast(Tensor, output) if kept is None else torch.where(kept, output, hidden)
+    layer: Any, hidden: Tensor, bias: Tensor, source: Tensor, padding: Tensor, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The layer's output, and what enters its cross-attention."""
+    attend, cross, transform = layer.layer
+    crossing = cast(Tensor, attend(hidden, position_bias=bias)[0])
+    output = cast(Tensor, transform(cross(crossing, key_value_states=source, position_bias=padding)[0]))
+    return output if kept is None else torch.where(kept, output, hidden), crossing
 
 
 def _compiled(function: Any) -> Any:

@@ -150,6 +150,7 @@ def prepare(ingredients: Ingredients) -> Seq2SeqTask:
         dropout_rates(recipe.layerskip.max_dropout, decoder_layers(model)),
         encoder_exits=recipe.seq2seq.encoder_exits,
         encoder_share=recipe.seq2seq.encoder_share,
+        alignment_weight=recipe.seq2seq.alignment_weight,
         compile_parts=ingredients.compile_parts,
     )
     tokenizer, corpus = _corpus(ingredients)
@@ -161,6 +162,7 @@ def prepare(ingredients: Ingredients) -> Seq2SeqTask:
         longest=training.sequence_length,
         tokens_per_batch=training.sequence_length * training.batch_size,
         seed=training.seed,
+        aligned=recipe.seq2seq.alignment_weight > 0,
     )
     return Seq2SeqTask(recipe, net, tokenizer, corpus, train)
 

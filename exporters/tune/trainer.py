@@ -103,12 +103,12 @@ class LayerSkipTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """The last layer's loss plus the weighted mean of this step's exits."""
+        """The last layer's loss plus the weighted mean of this step's exits, and what heads are shown of alignments."""
         turn = exit_turn(self.recipe.layerskip, self.rotation, self.state.global_step, self.progress)
         losses = cast("ExitLosses", model(**inputs, exits=turn.exits, distil=turn.distil))
         exits = losses.exits / len(turn.exits)
         self._sums += torch.stack((losses.final.detach(), exits.detach(), torch.ones(()))).cpu()
-        return losses.final + turn.weight * exits
+        return losses.final + turn.weight * exits + losses.alignment
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, or Muon and AdamW, over a float32 master copy of the weights."""
