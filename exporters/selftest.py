@@ -205,10 +205,10 @@ def measure(
     threads = num_threads(sum(entry.size for entry in bundle.manifest.files))
     module, name = oracle.split(":")
     uncut: UncutModel = getattr(importlib.import_module(module), name)(bundle, **oracle_arguments)
+    whole = np.array(uncut.logits(tokens, source) if source else uncut.logits(tokens))
     engine = open_engine(bundle, EngineOptions(kv_type="f32", threads=threads))
     probe = Probe(tuple(tokens), tuple(source))
     at_once = _in_widths(engine, probe, len(tokens))
-    whole = uncut.logits(tokens, source) if source else uncut.logits(tokens)
     difference = _difference if exact else _usual_difference
     expected = None if reference is None else np.load(reference)
     accepted = _accepted_out_of_trees(engine, probe)
