@@ -47,8 +47,8 @@ _WIDTHS = (1, 4, 16)
 _STEPPED = 32  # tokens of the probe in the runs that go row by row
 # Cut or whole, the same kernels see the same numbers; only the order of a sum may differ. Beside quantised
 # weights, activations are rounded too, and such a difference may flip a rounding: tolerances in units of the
-# logits' spread.
-_EXACT_SPLIT, _QUANTIZED_SPLIT = 1e-3, 0.25
+# logits' spread. Of even noise with the rms allowed, one logit in ten thousand is 3.9 times as far off.
+_EXACT_SPLIT, _QUANTIZED_SPLIT = 1e-3, 0.39
 _QUANTIZED_SPLIT_RMS = 0.1
 _JITTER, _JITTER_RUNS = 1e-6, 3
 _DRAFT_HEAD_TOLERANCE = 0.05
