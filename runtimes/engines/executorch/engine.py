@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.bundle import Bundle, executorch_manifest
-from skipstone.errors import BundleError, UsageError
+from skipstone.errors import BundleError, EngineError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
 from skipstone.runtimes.engines.executorch.caches import open_cache
@@ -73,15 +73,22 @@ class ExecuTorchEngine:
             rehearse(bundle)
         program = Program(self._path, self._entry, self.threads)
         rows = 0 if self.draft_vocabulary is None else len(self.draft_vocabulary)
-        check_signatures(self._path, program.signatures, expected_signatures(manifest, rows))
-        self._idle = [program]
+        try:
+            check_signatures(self._path, program.signatures, expected_signatures(manifest, rows))
+        except (BundleError, EngineError):
+            program.close()
+            raise
+        self._programs, self._idle = [program], [program]
 
     def open_cache(self, context_length: int, tree: RowTree) -> ExecuTorchCache:
-        program = self._idle.pop() if self._idle else Program(self._path, self._entry, self.threads)
-        return open_cache(program, self._manifest, tree, context_length, self._idle.append)
+        if not self._idle:
+            self._idle.append(Program(self._path, self._entry, self.threads))
+            self._programs += self._idle
+        return open_cache(self._idle.pop(), self._manifest, tree, context_length, self._idle.append)
 
     def close(self) -> None:
-        self._idle.clear()
+        for program in self._programs:
+            program.close()
 
     def _read_vocabulary(self, bundle: Bundle) -> NDArray[np.int32] | None:
         name = self._entry.draft_vocabulary

@@ -128,6 +128,8 @@ class Program:
         widest = self._widest[method]
         if not 1 <= width <= widest:
             raise EngineError(f"{method}: {width} rows, the program takes 1 to {widest}")
+        if not self._methods:
+            raise EngineError(f"{self.path}: called after its engine was closed")
         pinned = self._pinned
         tensors = [
             pinned[id(array)][1] if id(array) in pinned else _as_tensor(method, array) for array in inputs
@@ -147,6 +149,13 @@ class Program:
     def unpin(self) -> None:
         """Forget all pinned arrays."""
         self._pinned.clear()
+
+    def close(self) -> None:
+        """Free the weights and the K/V, whoever still holds this object. Idempotent; later calls are refused."""
+        self._methods.clear()
+        self._pinned.clear()
+        self._program = None
+        _LIVE.discard(self)
 
     def compact(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Move rows' K/V of all layers from slots to slots, in blocks of the widest batch.
