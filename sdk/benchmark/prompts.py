@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from skipstone.errors import UsageError
+from skipstone.jsonl import read_objects, text_under
 
 DEFAULT_PROMPTS = (
     'def mean(values):\n    """Return the arithmetic mean of a sequence of numbers."""\n',
@@ -26,6 +27,7 @@ DEFAULT_SOURCES = (
     "Once upon a time there was a lighthouse keeper who counted the ships that passed.",
     "If the the file does not exsist, a error is raised and and nothing is writen.",
 )
+_HINT = 'every line is an object like {"prompt": "def f("} or {"source": "Their is a eror."}'
 
 
 @dataclass(frozen=True)
@@ -43,28 +45,16 @@ def read_prompts(path: Path) -> Texts:
     Raises:
         UsageError: a file that cannot be read, or a line that does not fit, by number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path}: cannot be read as UTF-8 text: {error}") from error
-    found = [_texts(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_texts(record, where) for where, record in read_objects(path, _HINT)]
     if not found:
         raise UsageError(f"--prompts {path}: no prompts in it", hint='write lines like {"prompt": "def f("}')
     prompts, sources = zip(*found, strict=True)
     return Texts(tuple(filter(None, prompts)), tuple(filter(None, sources)))
 
 
-def _texts(line: str, path: Path, number: int) -> tuple[str, str]:
+def _texts(record: dict[str, Any], where: str) -> tuple[str, str]:
     """Prompt and source of a line, "" for what it does not have."""
-    hint = 'every line is an object like {"prompt": "def f("} or {"source": "Their is a eror."}'
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"--prompts {path}, line {number}: not JSON: {error}", hint=hint) from error
-    values = [record.get(key) if isinstance(record, dict) else None for key in ("prompt", "source")]
-    prompt, source = (value if isinstance(value, str) else "" for value in values)
+    prompt, source = text_under(record, "prompt"), text_under(record, "source")
     if not prompt and not source:
-        raise UsageError(
-            f"--prompts {path}, line {number}: no text under the key 'prompt' or 'source'", hint=hint
-        )
+        raise UsageError(f"{where}: no text under the key 'prompt' or 'source'", hint=_HINT)
     return prompt, source

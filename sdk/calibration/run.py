@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from skipstone.bundle import Calibration, Knob, Risk
-from skipstone.calibration.samples import Sample
+from skipstone.calibration.samples import Sample, key_of
 from skipstone.errors import SkipstoneError, UsageError
 from skipstone.exporters.tune.correction import edit_distance
 from skipstone.model import GenerationResult, Model
@@ -185,7 +184,7 @@ class _Runner:
     ) -> None:
         self._model, self._samples, self._report = model, samples, report
         self._max_new_tokens = options.max_new_tokens
-        self._key: Literal["prompt", "source"] = "prompt" if model.engine.encoder is None else "source"
+        self._key = key_of(model.bundle.manifest)
         self._done, self._total = 0, len(samples) * (1 + len(options.grid))
 
     def run(self, adaptive: AdaptiveOptions, name: str) -> list[GenerationResult]:

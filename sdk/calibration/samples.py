@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from skipstone.bundle import Manifest
 from skipstone.errors import UsageError
+from skipstone.jsonl import read_objects, text_under
 
 Key = Literal["prompt", "source"]
 
@@ -44,27 +44,15 @@ def read_samples(path: Path, key: Key, *, references: bool) -> tuple[Sample, ...
     Raises:
         UsageError: a file that cannot be read, or a line that does not fit, by number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path}: cannot be read as UTF-8 text: {error}") from error
-    numbered = ((line, f"--prompts {path}, line {number}") for number, line in enumerate(lines, 1))
-    return tuple(_sample(line, where, key, references) for line, where in numbered if line.strip())
-
-
-def _sample(line: str, where: str, key: Key, references: bool) -> Sample:
     shape = f'{{"{key}": …, "reference": …}}' if references else f'{{"{key}": …}}'
     hint = f"every line is an object like {shape}"
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: not JSON: {error}", hint=hint) from error
-    text, *answers = (
-        record.get(name) if isinstance(record, dict) else None for name in (key, "reference", "target")
-    )
-    if not isinstance(text, str) or not text:
+    return tuple(_sample(record, where, key, references, hint) for where, record in read_objects(path, hint))
+
+
+def _sample(record: dict[str, Any], where: str, key: Key, references: bool, hint: str) -> Sample:
+    text, reference = text_under(record, key), text_under(record, "reference", "target")
+    if not text:
         raise UsageError(f"{where}: no text under the key {key!r}", hint=hint)
-    reference = next((answer for answer in answers if isinstance(answer, str) and answer), "")
     if references and not reference:
         raise UsageError(f"{where}: no text under the key 'reference' or 'target'", hint=hint)
     return Sample(text, reference, where)

@@ -107,14 +107,7 @@ def compare(
             return StrategyRunner((subject,), policy, limits, SamplingConfig())
 
         make_runner("plain")(prompts[0])
-        with Bar(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-            task = bar.add_task("")
-
-            def told(progress: Progress) -> None:
-                bar.update(task, description=progress.strategy, completed=progress.done, total=progress.total)
-                bar.refresh()
-
-            found = measure_interleaved(make_runner, (*ours, *peers), prompts, settings.repeats, told)
+        found = take_turns(make_runner, (*ours, *peers), prompts, settings.repeats)
         by_name = {series.strategy: series for series in found}
         rows = [
             _record(series, by_name, own_plain.get(series.strategy, "plain"), subject.costs.plain)
@@ -134,6 +127,20 @@ def compare(
     }
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(settings.output, record)
+
+
+def take_turns(
+    make: Callable[[str], Runner], names: Sequence[str], inputs: Sequence[ModelInput], repeats: int
+) -> list[Series]:
+    """`measure_interleaved` with its progress shown."""
+    with Bar(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("")
+
+        def told(progress: Progress) -> None:
+            bar.update(task, description=progress.strategy, completed=progress.done, total=progress.total)
+            bar.refresh()
+
+        return measure_interleaved(make, names, inputs, repeats, told)
 
 
 def inputs_of(subject: Subject, settings: Settings) -> list[ModelInput]:

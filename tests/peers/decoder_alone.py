@@ -23,9 +23,10 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from skipstone.benchmark.measure import Runner, Sample, Series, StrategyRunner, measure_interleaved
+from samples.random_weights import write_random
+from skipstone.benchmark.measure import Runner, Sample, Series, StrategyRunner
 from skipstone.benchmark.report import this_machine, write_json
 from skipstone.benchmark.subject import Subject, new_policy
 from skipstone.bundle import open_bundle
@@ -35,7 +36,7 @@ from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.generate import GenerationLimits
 from skipstone.runtimes.sampling import SamplingConfig
 from skipstone.runtimes.strategies import StrategyOptions
-from tests.peers.common import ROOT, Settings, command_line, inputs_of, limits_of, parse_settings
+from tests.peers.common import ROOT, Settings, command_line, inputs_of, limits_of, parse_settings, take_turns
 
 ALONE = "decoder alone, plain"
 STRATEGIES = ("plain", "aggressive", "auto")
@@ -50,15 +51,9 @@ def write_decoder(settings: Settings, parameters: int, folder: Path) -> tuple[in
         with torch.device("meta"):
             sizes.append(AutoModelForCausalLM.from_config(config).num_parameters())
     config.num_hidden_layers = 1 + round((parameters - sizes[0]) / (sizes[1] - sizes[0]))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.mul_(0.02)  # near ties everywhere would fail the self-test of quantised exports
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(settings.checkpoint).save_pretrained(folder)
-    return config.num_hidden_layers, model.num_parameters()
+    # near ties everywhere would fail the self-test of quantised exports
+    written = write_random(config, settings.checkpoint, folder, residual_scale=0.02)
+    return config.num_hidden_layers, written
 
 
 @dataclass
@@ -140,9 +135,7 @@ def main() -> None:
             return AloneRunner(alone, lengths) if name == ALONE else runner(name)
 
         make(ALONE)(inputs[0])
-        found = measure_interleaved(
-            make, (ALONE, *STRATEGIES), inputs, settings.repeats, lambda _progress: None
-        )
+        found = take_turns(make, (ALONE, *STRATEGIES), inputs, settings.repeats)
     rows = [row_of(series, found[0]) for series in found]
     show(rows)
     record = {

@@ -358,7 +358,7 @@ def test_lines_hold_texts_and_references(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("{", "line 2: not JSON"),
-        ("[1]", "line 2: no text under the key 'source'"),
+        ("[1]", "line 2: not an object"),
         ('{"source": ""}', "line 2: no text under the key 'source'"),
         ('{"source": 5, "target": "x"}', "line 2: no text under the key 'source'"),
         ('{"source": "x"}', "line 2: no text under the key 'reference' or 'target'"),
