@@ -88,7 +88,9 @@ class CostModel:
             ceiling: most seconds that drafting and verifying may take.
         """
         best, expected, waiting = 0, 1.0, 0
-        verify = self._between(start, self.last_exit, min(limit, len(scores)) + 1)
+        most = min(limit, len(scores)) + 1
+        verify = self._between(start, self.last_exit, most)
+        catch_up = self._between(0, start, most) if behind else ()
         rate = 1.0 / (spent + verify[1])
         for count, score in enumerate(scores[:limit], 1):
             expected += score
@@ -96,7 +98,7 @@ class CostModel:
             if behind and behind[count - 1]:
                 waiting += 1
             if waiting:
-                seconds += self.run(0, start, waiting)
+                seconds += catch_up[waiting]
             if seconds > ceiling:
                 break
             if expected > rate * seconds:

@@ -134,26 +134,29 @@ class Sampler:
 
 
 def softmax(logits: FloatArray, temperature: float = 1.0) -> Probabilities:
-    """Softmax in float64, [vocab_size]."""
+    """Softmax in float64, over the last axis of [..., vocab_size]."""
     x = logits.astype(np.float64)
-    x -= x.max()
+    x -= x.max(-1, keepdims=True)
     if temperature != 1.0:
         x /= temperature
     np.exp(x, out=x)
-    x /= x.sum()
+    x /= x.sum(-1, keepdims=True)
     return x
 
 
-def likeliest(logits: FloatArray, count: int) -> list[int]:
-    """Indices of the largest logits, best first; for a few of them repeated argmax beats any partial sort."""
-    best = [int(logits.argmax())]
-    further = min(count, len(logits)) - 1
+def likeliest(logits: FloatArray, count: int) -> NDArray[np.int64]:
+    """Indices [n, count] of the largest logits of each row [n, vocab_size], best first.
+
+    For a few of them repeated argmax beats any partial sort.
+    """
+    best = [logits.argmax(1)]
+    further = min(count, logits.shape[1]) - 1
     if further > 0:
-        rest = logits.copy()
+        rest, rows = logits.copy(), np.arange(len(logits))
         for _ in range(further):
-            rest[best[-1]] = -np.inf
-            best.append(int(rest.argmax()))
-    return best
+            rest[rows, best[-1]] = -np.inf
+            best.append(rest.argmax(1))
+    return np.stack(best, 1)
 
 
 def draw(probabilities: Probabilities, rng: np.random.Generator) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,6 +104,8 @@ class GreedyGrowth:
     def __init__(self, growth: Growth, trust: Trust) -> None:
         self._growth, self._trust = growth, trust
         self._shares: list[float] = []  # probability of each node given its parent
+        self._ids = memoryview(growth.model.ids)  # type: ignore[arg-type]  # single items sooner than from an array
+        self._children: defaultdict[int, dict[int, int]] = defaultdict(dict)  # by token, of every node
         self._examined: set[int] = set()
         self.records: dict[tuple[int, ...], list[Opinion]] = {}
 
@@ -110,11 +114,9 @@ class GreedyGrowth:
         growth = self._growth
         wave = [ROOT, *self._first_guesses(source)]
         while wave:
-            logits = growth.run([growth.row(node) for node in wave])
-            for node in wave:
-                self._examine(node, logits[growth.rows[node]])
+            self._examine(wave, np.stack(list(growth.run([growth.row(node) for node in wave]).values())))
             self._rescore()
-            wave = growth.next_wave(self._leaves(), self._examined, self._fitting())
+            wave = growth.next_wave(self._leaves(), self._examined, growth.fitting())
         return self._worth_verifying()
 
     def _first_guesses(self, source: Drafter | None) -> list[int]:
@@ -142,33 +144,40 @@ class GreedyGrowth:
             levels.append(1 + (levels[parent] if parent != ROOT else 0))
         return tree.subtree([node for node, level in enumerate(levels) if level <= length])
 
-    def _add(self, token: int, parent: int, share: float) -> int:
+    def _add(self, token: int, parent: int, share: float) -> None:
         self._shares.append(min(share, _SURE))
-        return self._growth.tree.add(token, parent)
+        self._children[parent][token] = self._growth.tree.add(token, parent)
 
-    def _examine(self, node: int, logits: NDArray[np.float32]) -> None:
-        """Pool both opinions on a node's children, and give it new ones."""
-        growth, tree, ids = self._growth, self._growth.tree, self._growth.model.ids
-        self._examined.add(node)
-        if growth.deep_enough(node):
-            return
-        p = softmax(logits)
-        children = {tree.tokens[c]: c for c, parent in enumerate(tree.parents) if parent == node}
-        record: list[Opinion] = []
+    def _examine(self, wave: Sequence[int], logits: NDArray[np.float32]) -> None:
+        """Pool both opinions on the children of a wave's nodes, and give them new ones; logits [nodes, ids]."""
+        probabilities, best = softmax(logits), likeliest(logits, self._growth.options.branching)
+        for node, p, ranked in zip(wave, probabilities, best.tolist(), strict=True):
+            self._examined.add(node)
+            if not self._growth.deep_enough(node):
+                self.records[tuple(self._growth.tree.path_tokens(node))] = self._judge(node, p, ranked)
+
+    def _judge(self, node: int, p: NDArray[np.float64], ranked: Sequence[int]) -> list[Opinion]:
+        """Pool both opinions on a node's children, and give it those of the model's choices that are new."""
+        children, shares, record = self._children[node], self._shares, []
         for token, child in children.items():
-            model = _probability(p, ids, token)
-            record.append(Opinion(token, self._shares[child], model))
-            self._shares[child] = self._trust.pooled(self._shares[child], model)
-        total = sum(self._shares[child] for child in children.values())
+            model = self._probability(p, token)
+            record.append(Opinion(token, shares[child], model))
+            shares[child] = self._trust.pooled(shares[child], model)
+        total = sum(shares[child] for child in children.values())
         for child in children.values():
-            self._shares[child] *= min(1.0, _SURE / total)
+            shares[child] *= min(1.0, _SURE / total)
         left = max(0.0, 1.0 - total)
-        for rank, at in enumerate(likeliest(logits, growth.options.branching)):
-            token, model = int(ids[at]), float(p[at])
-            if token not in children and model >= growth.options.confidence:
+        for rank, at in enumerate(ranked):
+            token, model = self._ids[at], float(p[at])
+            if token not in children and model >= self._growth.options.confidence:
                 record.append(Opinion(token, 0.0, model, left, rank))
                 self._add(token, node, self._trust.alone(left * model, rank))
-        self.records[tuple(tree.path_tokens(node))] = record
+        return record
+
+    def _probability(self, p: NDArray[np.float64], token: int) -> float:
+        """The model's probability of a token; a small one where its head leaves the token out."""
+        at = bisect_left(self._ids, token)
+        return float(p[at]) if at < len(self._ids) and self._ids[at] == token else 0.1
 
     def _rescore(self) -> None:
         """Path probabilities from the shares, top down (parents precede children)."""
@@ -187,12 +196,6 @@ class GreedyGrowth:
             and score >= floor
             and (tree.parents[node] == ROOT or tree.parents[node] in self._examined)
         }
-
-    def _fitting(self) -> int:
-        count = 0
-        for size in range(1, 9):
-            count = size if self._growth.has_room(size) else count
-        return count
 
     def _worth_verifying(self) -> TokenTree:
         """The nodes that maximise expected tokens per second."""
@@ -214,12 +217,6 @@ class GreedyGrowth:
         for depth, token in enumerate(fresh):
             for opinion in self.records.get(tuple(fresh[:depth]), ()):
                 self._trust.learn(opinion, opinion.token == token)
-
-
-def _probability(p: NDArray[np.float64], ids: NDArray[np.int32], token: int) -> float:
-    """The model's probability of a token; a small one where its head leaves the token out."""
-    at = int(np.searchsorted(ids, token))
-    return float(p[at]) if at < len(ids) and ids[at] == token else 0.1
 
 
 def _logit(p: float) -> float:

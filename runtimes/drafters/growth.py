@@ -112,14 +112,19 @@ class Growth:
         return row
 
     def run(self, rows: Sequence[int]) -> dict[int, NDArray[np.float32]]:
-        """Bring rows to the drafting model's exit in one batch; logits by row."""
+        """Bring rows to the drafting model's exit in one batch; logits by row, in the given order."""
         self.passes += 1
         self.spent += self.model.costs.draft(0, self.model.exit, len(rows))
         return dict(zip(rows, self.model.session.advance(rows, self.model.exit), strict=True))
 
-    def has_room(self, rows: int, sampled: int = 0) -> bool:
-        """Whether so many more rows (and surely kept nodes) fit the session, its branches and the request."""
-        return rows <= self.rows_left and len(self.tree) + sampled <= self.request.limit
+    def fitting(self, kept: int = 0) -> int:
+        """Rows of the widest wave that fits the session, its branches and the request; `kept`: of each one's
+        children so many will surely be verified.
+        """
+        spare = self.request.limit - len(self.tree)
+        if spare < 0:
+            return 0
+        return max(0, min(WAVES[-1], self.rows_left, spare // kept if kept else WAVES[-1]))
 
     @property
     def rows_left(self) -> int:

@@ -55,8 +55,8 @@ class RecyclingDrafter:
 
     def observe(self, observation: Observation) -> None:
         self._learn_ranks(observation.context[-observation.fresh - 1 :])
-        for token, logits in zip(observation.tokens, observation.logits, strict=True):
-            self._matrix[token] = likeliest(logits, self._successors)
+        if observation.tokens:
+            self._matrix[observation.tokens] = likeliest(np.stack(observation.logits), self._successors)
 
     def close(self) -> None:
         return None

@@ -43,17 +43,13 @@ class SampledGrowth:
         guessed = self._push(ahead)
         known = growth.run([growth.row(ROOT), *guessed])
         self._expand(ROOT, known, ahead, ROOT)
-        while wave := growth.next_wave(self._leaves, self._examined, self._fitting(), len(growth.tree)):
+        while wave := growth.next_wave(
+            self._leaves, self._examined, growth.fitting(self._branching), len(growth.tree)
+        ):
             known = growth.run([growth.row(node) for node in wave])
             for node in wave:
                 self._expand(node, known, _NOTHING, ROOT)
         return growth.tree
-
-    def _fitting(self) -> int:
-        count = 0
-        for size in range(1, 9):
-            count = size if self._growth.has_room(size, self._branching * size) else count
-        return count
 
     def _guess(self, source: Drafter) -> TokenTree:
         growth = self._growth

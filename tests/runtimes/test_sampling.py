@@ -142,10 +142,17 @@ def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], value:
         assert p[draw(p, AlmostOne(value))] > 0
 
 
-@given(logits=st.lists(st.integers(-3, 3), min_size=1, max_size=12), count=st.integers(1, 15))
-def test_the_likeliest_tokens_are_the_first_of_a_stable_sort(logits: list[int], count: int) -> None:
-    expected = sorted(range(len(logits)), key=lambda at: -logits[at])[:count]
-    assert likeliest(np.array(logits, np.float32), count) == expected
+@given(
+    logits=st.integers(1, 12).flatmap(
+        lambda size: st.lists(
+            st.lists(st.integers(-3, 3), min_size=size, max_size=size), min_size=1, max_size=4
+        )
+    ),
+    count=st.integers(1, 15),
+)
+def test_the_likeliest_tokens_are_the_first_of_a_stable_sort(logits: list[list[int]], count: int) -> None:
+    expected = [sorted(range(len(row)), key=lambda at, row=row: -row[at])[:count] for row in logits]  # type: ignore[misc]
+    assert likeliest(np.array(logits, np.float32), count).tolist() == expected
 
 
 def test_a_seed_reproduces_draws_and_no_seed_does_not() -> None:

@@ -149,6 +149,7 @@ class LlamaCppCache:
         elif self._reach[segment] > stop:
             lane.cut_sequence(CONTEXT, stop)
         if len(forked) > 1:
-            lane.keep_only_context()
+            forked.discard(CONTEXT)
+            lane.drop_sequences(forked)
             self._forked[segment] = {CONTEXT}
         self._reach[segment] = stop

@@ -29,7 +29,7 @@ def table_bytes(entry: EmbeddingEntry) -> int:
 
 
 class EmbeddingTable:
-    """Rows of the embedding table as float32, dequantised by ggml's own code one row at a time.
+    """Rows of the embedding table as float32, dequantised by ggml's own code.
 
     Raises:
         BundleError: a type we do not know, or a table that does not lie inside its file.
@@ -45,15 +45,15 @@ class EmbeddingTable:
             raise BundleError(
                 f"{path}: the embedding table ends past the file's {size} bytes", hint="export again"
             )
-        self._raw = np.memmap(path, np.uint8, "r", offset=entry.offset, shape=(entry.rows, row_bytes))
+        raw = np.memmap(path, np.uint8, "r", offset=entry.offset, shape=(entry.rows, row_bytes))
+        self._raw = np.asarray(raw)  # a plain view, quicker to index
         self._columns, self._scale = entry.columns, np.float32(entry.scale)
         self._dequantize = dequantizer(kind)
 
     def rows(self, tokens: Sequence[int]) -> FloatArray:
         """Embeddings [n, hidden_size] of n tokens."""
-        out = np.empty((len(tokens), self._columns), np.float32)
-        for index, token in enumerate(tokens):
-            out[index] = self._dequantize(self._raw[token], self._columns)
+        out = self._dequantize(self._raw[list(tokens)].reshape(-1), len(tokens) * self._columns)
+        out = out.reshape(-1, self._columns)
         if self._scale != 1:
             out *= self._scale
         return out
