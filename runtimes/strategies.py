@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 
 from skipstone.errors import UsageError
@@ -65,6 +65,7 @@ class Materials:
         table: the bundle's n-gram table, or None.
         draft_model: makes the draft model's drafter with a given source and shape, or None without a draft model.
         guide: gives the tokens of the user's guide, or None without one.
+        begins: gives the tokens that begin a word, or None where nothing is known of the vocabulary.
     """
 
     engine: Engine
@@ -73,14 +74,16 @@ class Materials:
     table: NGramTable | None = None
     draft_model: DraftModelMaker | None = None
     guide: Guide | None = None
+    begins: Callable[[], Container[int]] | None = None
 
     def guided(self) -> list[Drafter]:
         """What copies from a text that the output may resemble: an encoder-decoder's source, the user's guide."""
+        begins = self.begins() if self.begins and (self.guide or self.engine.encoder) else None
         parts: list[Drafter] = []
         if self.engine.encoder is not None:
-            parts.append(AggressiveDrafter())
+            parts.append(AggressiveDrafter(begins=begins))
         if self.guide is not None:
-            parts.append(AggressiveDrafter(self.guide, "guide"))
+            parts.append(AggressiveDrafter(self.guide, "guide", begins))
         return parts
 
     def text_source(self) -> Drafter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -57,9 +58,24 @@ class TextCodec:
         by_id = {index: token for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items()}
         return [by_id.get(index, "") for index in range(max(by_id) + 1)]
 
+    @cached_property
+    def word_starts(self) -> frozenset[int]:
+        """Tokens that begin a word: a space in front, or no letter or digit to begin with."""
+        spelt = self.vocabulary()
+        texts = self._tokenizer.decode_batch(
+            [[token] for token in range(len(spelt))], skip_special_tokens=False
+        )
+        pairs = enumerate(zip(spelt, texts, strict=True))
+        return frozenset(token for token, (piece, text) in pairs if _begins_word(piece, text))
+
     def stream(self) -> TextStream:
         """A decoder for tokens as they come."""
         return TextStream(self._tokenizer)
+
+
+def _begins_word(piece: str, text: str) -> bool:
+    """Whether a token begins a word, by its spelling in the vocabulary (a space is Ġ or ▁) and by its text."""
+    return piece[:1] in "Ġ▁" or not (text[:1].isalnum() or text[:1] in "'\ufffd")
 
 
 class TextStream:

@@ -210,7 +210,9 @@ class Model:
         key = (strategy, replace(options, guide=None), assistant_model, guide is not None)
         if key not in self._policies:
             maker = None if assistant_model is None else self._draft_model_maker(assistant_model)
-            materials = Materials(self.engine, self.costs, options, self._table, maker, guide)
+            materials = Materials(
+                self.engine, self.costs, options, self._table, maker, guide, lambda: self.codec.word_starts
+            )
             self._policies[key] = make_policy(strategy, materials)
         return self._policies[key]
 

@@ -5,8 +5,11 @@ point the output has come to. The paper copies until a token is refused, decodes
 last tokens occur at exactly one place of the input. Here the place is a belief, a few weighted pointers into the guide:
 
     a token that pointers foretold     keeps these pointers, one further on; the others are dropped
-    any other token is a correction    it may have replaced 0, 1, 2 or 3 tokens of the guide, or stem from another
-                                       place: the longer the text's suffix occurs there and the nearer, the likelier
+    any other token is a correction    it may have replaced 0 to 3 tokens of the guide, or what was left of one or two
+                                       words, or stem from another place: the longer the text's suffix occurs there
+                                       and the nearer, the likelier
+
+A misspelt word has more tokens than the right one, so where the next word begins says more than any number of tokens.
 
 Every pointer drafts its chain, so right after a correction the draft is a small tree of alignments; with none likely
 enough there is no draft. What a pointer is worth, by how long it has been right, is learned from what is generated.
@@ -14,7 +17,7 @@ enough there is no draft. What a pointer is worth, by how long it has been right
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
@@ -26,7 +29,14 @@ Guide = Callable[[], Sequence[int]]
 # Probability that a pointer is right: after so many copied tokens (3 means or more), or corrections (-2 likewise).
 _PRIOR = {-2: 0.2, -1: 0.4, 0: 0.65, 1: 0.85, 2: 0.92, 3: 0.96}
 _FEWEST, _MOST = min(_PRIOR), max(_PRIOR)
-_REPLACED = (0.15, 0.55, 0.2, 0.1)  # probability that a correction replaced 0, 1, 2, 3 tokens of the guide
+_MOVES = (
+    0.15,
+    0.1,
+    0.05,
+    0.1,
+    0.45,
+    0.15,
+)  # probability that a correction replaced 0 … 3 tokens, 1 or 2 words
 _EVIDENCE = 4.0  # for each token that a suffix occurs with elsewhere, against a replacement
 _POINTERS = 6
 _LEARNING = 0.04
@@ -40,13 +50,13 @@ class Pointer(NamedTuple):
         position: index of the guide's next token; its length: the guide is used up.
         run: tokens copied up to here; 0 or less: corrections in a row, one less.
         weight: probability among the pointers.
-        replaced: tokens of the guide that the correction before stood for; None: there was none, or it moved elsewhere.
+        moves: those of `_MOVES` that led here at the correction before, if it was the last token.
     """
 
     position: int
     run: int
     weight: float
-    replaced: int | None = None
+    moves: tuple[int, ...] = ()
 
 
 class AggressiveDrafter:
@@ -56,13 +66,16 @@ class AggressiveDrafter:
         guide: asked at every new sequence for tokens that the output may resemble; None: the encoder-decoder's source
             is it, its end token included.
         name: for statistics.
+        begins: tokens that begin a word; None: every token is one.
     """
 
-    def __init__(self, guide: Guide | None = None, name: str = "aggressive") -> None:
+    def __init__(
+        self, guide: Guide | None = None, name: str = "aggressive", begins: Container[int] | None = None
+    ) -> None:
         self.name = name
-        self._ask = guide
+        self._ask, self._begins = guide, begins
         self._trust = dict(_PRIOR)
-        self._replaced = list(_REPLACED)
+        self._moves = list(_MOVES)
         self.reset(())
 
     def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
@@ -74,6 +87,7 @@ class AggressiveDrafter:
         self._places: dict[int, list[int]] = {}
         for place, token in enumerate(self._guide):
             self._places.setdefault(token, []).append(place)
+        self._next_word = _next_words([self._begins is None or t in self._begins for t in self._guide])
         self._pointers: tuple[Pointer, ...] = (Pointer(0, _MOST, 1.0),)
         self._read = 1 if source else len(prompt)
         self._read_up_to(prompt)
@@ -129,8 +143,10 @@ class AggressiveDrafter:
         places, end = self._places.get(text[at], ()), len(self._guide)
         for p in pointers:
             run = max(_FEWEST, min(p.run, 1) - 1)
-            for replaced, share in enumerate(self._replaced):
-                found.append(Pointer(min(p.position + replaced, end), run, p.weight * share, replaced))
+            word = self._next_word[p.position]
+            after = (*range(p.position, p.position + 4), word, self._next_word[word])
+            for move, (share, position) in enumerate(zip(self._moves, after, strict=True)):
+                found.append(Pointer(min(position, end), run, p.weight * share, (move,)))
             for place in places:
                 matched = self._matched(place, text, at)
                 weight = _EVIDENCE**matched / (len(places) * (1 + abs(place - p.position)))
@@ -149,30 +165,40 @@ class AggressiveDrafter:
 
     def _learn(self, token: int) -> None:
         """One token of the text has become certain."""
-        right: dict[int, float] = {}
+        right: set[int] = set()
         for p in self._pointers:
             hit = self._foretells(p, token)
             trust = self._trust[p.run] + _LEARNING * p.weight * (hit - self._trust[p.run])
             self._trust[p.run] = min(trust, _SURE)
-            if hit and p.replaced is not None:
-                right[p.replaced] = right.get(p.replaced, 0.0) + p.weight
-        total = sum(right.values())
-        for count in range(len(self._replaced) if right else 0):
-            self._replaced[count] += _LEARNING * (right.get(count, 0.0) / total - self._replaced[count])
+            if hit:
+                right.update(p.moves)
+        total = sum(self._moves[move] for move in right)
+        for move, share in enumerate(self._moves if right else ()):
+            self._moves[move] += _LEARNING * ((share / total if move in right else 0.0) - share)
 
 
 def _copied(run: int) -> int:
     return min(max(run, 0) + 1, _MOST)
 
 
+def _next_words(begins: Sequence[bool]) -> list[int]:
+    """For every place, and the one past the end, where the next word begins."""
+    found = [len(begins)] * (len(begins) + 1)
+    for place in range(len(begins) - 2, -1, -1):
+        found[place] = place + 1 if begins[place + 1] else found[place + 1]
+    return found
+
+
 def _normalised(pointers: Sequence[Pointer]) -> tuple[Pointer, ...]:
-    """The likeliest pointers, one for each position, their weights adding up to 1."""
+    """The likeliest places, one pointer for each, their weights adding up to 1."""
     if len(pointers) == 1:
-        (only,) = pointers
-        return (Pointer(only.position, only.run, 1.0, only.replaced),)
-    best: dict[int, Pointer] = {}
+        return (pointers[0]._replace(weight=1.0),)
+    merged: dict[int, Pointer] = {}
     for p in sorted(pointers, key=lambda p: -p.weight):
-        best.setdefault(p.position, p)
-    kept = list(best.values())[:_POINTERS]
+        same = merged.get(p.position)
+        merged[p.position] = (
+            p if same is None else same._replace(weight=same.weight + p.weight, moves=same.moves + p.moves)
+        )
+    kept = sorted(merged.values(), key=lambda p: -p.weight)[:_POINTERS]
     total = sum(p.weight for p in kept)
-    return tuple(Pointer(p.position, p.run, p.weight / total, p.replaced) for p in kept)
+    return tuple(p._replace(weight=p.weight / total) for p in kept)

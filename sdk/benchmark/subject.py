@@ -83,7 +83,9 @@ def new_policy(strategy: str, target: Subject, draft: Subject | None, options: S
     maker = None if draft is None else _maker(draft)
     tokens = None if options.guide is None else target.codec.tokens(options.guide)
     guide = None if tokens is None else lambda: tokens
-    materials = Materials(target.engine, target.costs, options, target.table, maker, guide)
+    materials = Materials(
+        target.engine, target.costs, options, target.table, maker, guide, lambda: target.codec.word_starts
+    )
     return make_policy(strategy, materials)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from skipstone.errors import BundleError
 from skipstone.runtimes.text import StopFinder, TextCodec
@@ -60,6 +61,26 @@ def test_a_character_cut_off_at_the_end_is_replaced_in_the_flush_only(codec: Tex
     assert "".join(pieces) == "ok "
     assert last == codec.decode(tokens)[3:]
     assert REPLACEMENT in last
+
+
+def test_a_token_begins_a_word_where_it_has_a_space_or_no_letter_in_front(codec: TextCodec) -> None:
+    text = "for line in\n(lines)[1]: don't"
+    pieces = [(token, codec.decode([token])) for token in codec.tokens(text)]
+    assert "".join(piece for _, piece in pieces) == text
+    for at, (token, piece) in enumerate(pieces):
+        begins = not (piece[0].isalnum() or piece[0] == "'")
+        assert (token in codec.word_starts) == begins, f"{at}: {piece!r}"
+
+
+def test_words_begin_as_sentencepiece_spells_it(tmp_path: Path) -> None:
+    vocabulary = ["▁the", "re", "▁", ".", "'s", "é", "</s>"]
+    tokenizer = Tokenizer(
+        models.WordLevel({token: at for at, token in enumerate(vocabulary)}, unk_token="re")
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    starts = TextCodec(tmp_path / "tokenizer.json", len(vocabulary)).word_starts
+    assert [vocabulary[token] for token in sorted(starts)] == ["▁the", "▁", ".", "</s>"]
 
 
 def test_special_tokens_are_recognised_and_not_shown(codec: TextCodec) -> None:
