@@ -1,15 +1,19 @@
 """Cut sentences to correct from the held-out files of a recipe's corpus.
 
-    python samples/recipes/cut_pairs.py samples/recipes/speller.toml samples/prompts/speller_held_out.jsonl
+    python samples/recipes/cut_pairs.py samples/recipes/speller.toml samples/prompts/speller_held_out.jsonl \
+        --calibration samples/prompts/speller_calibration.jsonl
 
-Lines of source, the sentence with errors, and target, the clean one: spread evenly over the held-out files, with the
-errors that `skipstone tune` makes in them for its own evaluation. No target occurs in a training file.
+Lines of source, the sentence with errors, and target, the clean one: spread evenly over the held-out files. No target
+occurs in a training file. Of every three sentences one goes to the first file, to measure with; the others to the
+second, for `skipstone calibrate`, so that nothing is chosen by the sentences that figures are given for.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -19,17 +23,24 @@ from skipstone.exporters.tune.pairs import sentence_corpus
 from skipstone.exporters.tune.recipe import load_recipe
 
 
-def main(recipe: str, output: Path, count: int = 256) -> None:
-    """Cut COUNT pairs."""
+def main(
+    recipe: str, output: Path, count: int = 256, calibration: Annotated[Path | None, typer.Option()] = None
+) -> None:
+    """Cut COUNT pairs to OUTPUT, and twice as many others to CALIBRATION."""
     chosen = load_recipe(recipe)
     corpus = sentence_corpus(collect(chosen.corpus))
-    pairs = held_out_pairs(corpus, chosen.noise, seed=chosen.training.seed, size=count)
-    lines = [
-        json.dumps({"source": source, "target": target}, ensure_ascii=False) + "\n"
-        for source, target in zip(pairs.sources, pairs.targets, strict=True)
-    ]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(lines), encoding="utf-8")
+    pairs = held_out_pairs(corpus, chosen.noise, seed=chosen.training.seed, size=3 * count)
+    both = list(zip(pairs.sources, pairs.targets, strict=True))
+    write(output, both[::3])
+    if calibration is not None:
+        write(calibration, [pair for at, pair in enumerate(both) if at % 3])
+
+
+def write(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
+    """One object a line."""
+    lines = [json.dumps({"source": source, "target": target}, ensure_ascii=False) for source, target in pairs]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
