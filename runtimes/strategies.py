@@ -86,6 +86,13 @@ class Materials:
             parts.append(AggressiveDrafter(self.guide, "guide", begins))
         return parts
 
+    def guide_drafter(self) -> Drafter | None:
+        """What `guided` holds as one drafter; None where there is nothing."""
+        parts = self.guided()
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        return MixedDrafter(parts)
+
     def text_source(self) -> Drafter:
         """The cheapest stage: everything that drafts from text alone, merged."""
         parts = [
@@ -120,13 +127,13 @@ def _prompt_lookup(materials: Materials) -> Policy:
 
 def _aggressive(materials: Materials) -> Policy:
     """Copies of the guides, cut to the length that pays."""
-    parts = materials.guided()
-    if not parts:
+    guided = materials.guide_drafter()
+    if guided is None:
         raise UsageError(
             "--strategy aggressive: a decoder alone has no source to copy from",
             hint="pass a text with --guide",
         )
-    return FixedPolicy(GatedDrafter(parts[0] if len(parts) == 1 else MixedDrafter(parts)))
+    return FixedPolicy(GatedDrafter(guided))
 
 
 def _text(names: str) -> Callable[[Materials], Policy]:
@@ -150,7 +157,7 @@ def _draft_model(materials: Materials) -> Policy:
 
 
 def _auto(materials: Materials) -> Policy:
-    return AutoPolicy(materials.engine, materials.costs, materials.text_source())
+    return AutoPolicy(materials.engine, materials.costs, materials.text_source(), materials.guide_drafter())
 
 
 STRATEGIES: dict[str, Callable[[Materials], Policy]] = {

@@ -62,6 +62,30 @@ def _export_executorch(checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def export_speller(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """From a scheme, of ExecuTorch if it says so ("executorch 8da4w"), to the shipped corrector in it."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            from skipstone.exporters.pipeline import export_checkpoint
+
+            *format, scheme = name.split()
+            made[name] = tmp_path_factory.mktemp("speller") / scheme
+            export_checkpoint(
+                ROOT / "samples" / "models" / "speller",
+                made[name],
+                format=format[0] if format else "gguf",
+                quantize=scheme,
+                context_length=192,
+                max_source_length=128,
+            )
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def coder_bundle_f32(export_coder: Export) -> Path:
     """Folder of the reference model's bundle in f32."""
     return export_coder("f32")

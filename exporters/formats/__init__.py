@@ -101,7 +101,7 @@ class Artefacts:
         probe: what the self-test runs.
         reference: checkpoint folder to compare with; None where there is none.
         min_agreement: share of positions at which the best token must be the reference's.
-        reference_tolerance: largest difference of a logit; None: only the agreement counts.
+        reference_tolerance: see `skipstone.exporters.selftest.SelfTest`.
         source_sha256: hash of the input.
         engine: library and version.
         runs_here: whether this machine can run it, and so test it.

@@ -129,7 +129,9 @@ def tune(options: TuneOptions, console: Console | None = None) -> ExitReport:
     with quiet_loading():
         trainer = _train(options, ready, arguments, console)
     if arguments.process_index == 0:
-        console.print(f"evaluating on up to {options.evaluate_windows} held-out sequences; this takes minutes")
+        console.print(
+            f"evaluating on up to {options.evaluate_windows} held-out sequences; this takes minutes"
+        )
     evaluation = ready.task.evaluate(exits_of(ready.rotation), options.evaluate_windows)
     if arguments.process_index == 0:
         _finish(options, ready, trainer, evaluation)

@@ -44,7 +44,7 @@ _KNOWN = 8  # rounds after which an arm's rate says something
 _HOPE = 1.05  # an untried arm is taken to be this much better than what it builds on
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Arm:
     """One way to draft, and how it has been doing.
 
@@ -112,21 +112,24 @@ class AutoPolicy:
         engine: the target.
         costs: its cost model.
         text: drafts from text alone; the arms build on it.
+        guided: copies what the output may resemble, and is tried before all others; None where there is nothing.
     """
 
-    def __init__(self, engine: Engine, costs: CostModel, text: Drafter) -> None:
-        self._text, self._costs = text, costs
+    def __init__(
+        self, engine: Engine, costs: CostModel, text: Drafter, guided: Drafter | None = None
+    ) -> None:
+        self._texts, self._costs = [text] if guided is None else [guided, text], costs
         self._plain = Arm(None, 1.0, costs.plain)
-        self._gate = GatedDrafter(text)
-        self._lookup = Arm(self._gate, _HOPE, costs.plain)
-        self._arms = [self._lookup]
+        self._lookups = [Arm(GatedDrafter(part), _HOPE, costs.plain) for part in self._texts]
+        self._arms = [*self._lookups]
         if engine.draft_vocabulary is not None:
             self._arms += [Arm(EarlyExitDrafter(e, text), 1.0, costs.plain) for e in engine.exits[:-1]]
         self._chosen = self._plain
         self._generated, self._credit, self._stake = 0, _CREDIT, 0.0
 
     def begin(self, prompt: Sequence[int], session: Session) -> None:
-        self._text.reset(prompt, session.source)
+        for text in self._texts:
+            text.reset(prompt, session.source)
         self._generated, self._credit = 0, _CREDIT
         for arm in self._arms:
             arm.wake(self._plain.rate)
@@ -150,9 +153,9 @@ class AutoPolicy:
             arm.seconds = self._plain.seconds  # measured here, where the cost curve may have met a slow spell
         foreseen = max(arm.seconds, (1.0 + min(self._stake, _STAKE)) * self._plain.seconds)
         seconds = min(outcome.seconds, _OUTLIER * foreseen)
-        if arm is self._lookup and outcome.drafted:
+        if isinstance(arm.drafter, GatedDrafter) and outcome.drafted:
             predicted = self._costs.run(0, self._costs.last_exit, outcome.drafted + 1)
-            self._gate.verified(outcome.accepted, predicted, seconds)
+            arm.drafter.verified(outcome.accepted, predicted, seconds)
         began = time.perf_counter()
         arm.drafter.observe(outcome.observation)
         seconds += time.perf_counter() - began
@@ -179,7 +182,7 @@ class AutoPolicy:
         """
         if arm.rounds:
             return max(arm.rate, arm.gain * self._plain.rate) if arm.trusted else arm.rate
-        if arm is self._lookup:
+        if arm in self._lookups:
             return _HOPE * self._plain.rate
-        known = self._lookup.rate if self._lookup.rounds >= _KNOWN else 0.0
+        known = max((lookup.rate for lookup in self._lookups if lookup.rounds >= _KNOWN), default=0.0)
         return _HOPE * max(_HOPE * self._plain.rate, known)

@@ -124,12 +124,19 @@ EXACT = SelfTest(
         ({"tree_commit": 2e-3}, "accepted out of trees"),
         ({"draft_head": 0.06}, "draft head"),
         ({"agreement": 0.9}, "90%, at least 99%"),
-        ({"reference": 2e-3}, "logits and the reference"),
+        ({"reference": 2e-3, "spread": 0.5}, "logits and the reference differ by 0.002, at most 0.001 "),
+        ({"reference": 5e-3, "spread": 4.0}, "logits and the reference differ by 0.005, at most 0.004 "),
     ],
 )
 def test_every_figure_past_its_tolerance_is_named(figure: dict[str, float], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         judge(replace(GOOD, **figure), EXACT)
+
+
+def test_logits_may_differ_from_the_reference_in_proportion_to_their_spread() -> None:
+    parity = judge(replace(GOOD, reference=3e-3, spread=4.0), EXACT)
+    assert parity.reference_tolerance == pytest.approx(4e-3)
+    assert judge(replace(GOOD, spread=0.1), EXACT).reference_tolerance == pytest.approx(1e-3)
 
 
 def test_the_near_tie_margin_covers_twice_the_noise_between_widths_and_the_jitter() -> None:

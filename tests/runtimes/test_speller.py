@@ -1,0 +1,91 @@
+"""The shipped corrector on both engines: every strategy says what plain decoding says, and quantising costs little."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import skipstone.runtimes.generate as generate_module
+import skipstone.runtimes.policies.auto as auto_module
+from skipstone.benchmark.lossless import first_difference
+from skipstone.exporters.tune.correction import edit_distance
+from skipstone.model import Model, load_model
+from skipstone.runtimes.session import Session
+from skipstone.runtimes.strategies import STRATEGIES
+from tests.conftest import ROOT, Export
+from tests.runtimes.even_time import EvenTime
+
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
+
+PAIRS = [
+    json.loads(line)
+    for line in (ROOT / "samples" / "prompts" / "speller_held_out.jsonl").read_text("utf-8").splitlines()
+]
+SOURCES = [pair["source"] for pair in PAIRS[5:29:4]]
+SCHEMES = ["f32", "q8_0", "q4_0", "executorch none", "executorch 8da4w"]
+LOST = 0.01  # of the characters, by quantising
+
+
+class Opened:
+    """A bundle, and what plain decoding makes of the sources."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: Model = load_model(folder, threads=1, context_length=192)
+        self.exact = self.model.bundle.manifest.quantization.scheme in ("f32", "none")
+        self.margin = self.model.bundle.manifest.parity.near_tie_margin
+        self.plain = [self.tokens("plain", source)[0] for source in SOURCES]
+
+    def tokens(self, strategy: str, source: str) -> tuple[list[int], int]:
+        """What a strategy generates, and how many of its drafts were accepted."""
+        result = self.model.generate(source=source, max_new_tokens=96, strategy=strategy)
+        return list(result.tokens), result.stats.accepted
+
+    def gap(self, source: str, text: list[int], one: int, other: int) -> float:
+        """How far apart plain decoding scores two tokens after a text."""
+        encoder = self.model.bundle.manifest.model.encoder
+        assert encoder is not None
+        with Session(self.model.engine, 192) as session:
+            session.encode(self.model.codec.source(source))
+            logits = session.prefill([encoder.start_token_id, *text])
+        return float(abs(logits[one] - logits[other]))
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def opened(request: pytest.FixtureRequest, export_speller: Export) -> Iterator[Opened]:
+    opened = Opened(export_speller(request.param))
+    yield opened
+    opened.model.close()
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("plain", "draft-model")])
+def test_a_strategy_corrects_as_plain_decoding_does(
+    opened: Opened, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_module, "time", EvenTime(1e-3))
+    monkeypatch.setattr(auto_module, "time", EvenTime(0.0))
+    accepted = 0
+    for source, plain in zip(SOURCES, opened.plain, strict=True):
+        found, drafts = opened.tokens(strategy, source)
+        accepted += drafts
+        at = first_difference(plain, found)
+        if at is None:
+            continue
+        assert not opened.exact, "f32 must agree token by token"
+        assert opened.gap(source, plain[:at], plain[at], found[at]) <= opened.margin
+    assert accepted > (40 if strategy == "aggressive" else 0), "next to nothing was drafted"
+
+
+@pytest.mark.parametrize("scheme", ["q8_0", "q4_0", "executorch 8da4w"])
+def test_quantising_costs_less_than_one_character_in_a_hundred(scheme: str, export_speller: Export) -> None:
+    pairs = PAIRS[::4]
+
+    def error_rate(scheme: str) -> float:
+        with load_model(export_speller(scheme), threads=1, context_length=192) as model:
+            texts = [model.generate(source=p["source"], max_new_tokens=96).text for p in pairs]
+        wrong = [edit_distance(text, p["target"]) for text, p in zip(texts, pairs, strict=True)]
+        return sum(wrong) / sum(len(p["target"]) for p in pairs)
+
+    assert error_rate(scheme) < error_rate("f32") + LOST
