@@ -1,7 +1,9 @@
 """`auto`: draft where the measured costs and the running acceptance say it pays, decode plainly elsewhere.
 
-Every way to draft is an arm with a running rate (tokens per second, measured). A round takes the arm with the best
-rate; plain decoding is an arm like the others. Three things keep the promise never to be slower than plain:
+Every way to draft is an arm with a running speed-up: measured tokens per round, over what the round took in tokens of
+plain decoding. That is measured all along, so a machine that slows down changes nothing. A round takes the best arm,
+those seldom tried with a bonus, or decodes plainly where none is hoped to be faster. Three things keep the promise
+never to be slower than plain:
 
 - within a round every draft is sized by expected gain (`CostModel.best_count`), and may come out empty;
 - an arm that falls behind plain sleeps, twice as long each time; while all sleep nothing is computed but the model;
@@ -15,6 +17,7 @@ a cooldown), over arms instead of lengths; DEL (arXiv 2504.05598) chooses exits 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -40,8 +43,8 @@ _SHARE = 0.01  # of all tokens, that it may lose in the long run
 _TRUST = 1.0  # more of them, for an arm that is trusted
 _STAKE = 1.5  # plain tokens that a round may lose beyond the credit
 _OUTLIER = 1.5  # a round this much slower than foreseen was interrupted from outside
-_KNOWN = 8  # rounds after which an arm's rate says something
-_HOPE = 1.05  # an untried arm is taken to be this much better than what it builds on
+_HOPE = 1.05  # speed-up that an untried arm of text, and one that wakes, is taken to have; stages come before text
+_CURIOSITY = 0.3  # share of its speed-up that an untried arm is given as a bonus
 
 
 @dataclass(slots=True, eq=False)
@@ -49,18 +52,18 @@ class Arm:
     """One way to draft, and how it has been doing.
 
     Attributes:
-        drafter: None for plain decoding.
-        tokens, seconds: exponential means per round.
+        drafter: its drafter.
+        tokens, price: exponential means per round; the price is in tokens of plain decoding.
         rounds: how often it was taken.
         nap: tokens it will sleep next time.
         asleep_until: count of generated tokens at which it may be tried again.
         gains: its speed-up in the last generations that used it, short ones taken together.
-        generation: rounds, tokens and seconds of the present one, and of short ones before.
+        generation: rounds, tokens and price of the present one, and of short ones before.
     """
 
-    drafter: Drafter | None
-    tokens: float
-    seconds: float
+    drafter: Drafter
+    tokens: float = _HOPE
+    price: float = 1.0
     rounds: int = 0
     nap: int = _FIRST_NAP
     asleep_until: int = 0
@@ -78,29 +81,36 @@ class Arm:
         return self.gain >= _GAIN
 
     @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds
+    def speedup(self) -> float:
+        """Over plain decoding."""
+        return self.tokens / self.price
 
-    def update(self, tokens: int, seconds: float) -> None:
+    @property
+    def hoped(self) -> float:
+        """The speed-up (of a trusted arm that of late generations, if it is better), and more the less it was tried."""
+        seen = max(self.speedup, self.gain) if self.trusted else self.speedup
+        return seen * (1.0 + _CURIOSITY / math.sqrt(1.0 + self.rounds))
+
+    def update(self, tokens: int, price: float) -> None:
         """Take in one round; the first few weigh more."""
         self.rounds += 1
         weight = max(_MEMORY, 1.0 / (1.0 + self.rounds))
         self.tokens += weight * (tokens - self.tokens)
-        self.seconds += weight * (seconds - self.seconds)
+        self.price += weight * (price - self.price)
         so_far = self.generation
-        self.generation = so_far[0] + 1, so_far[1] + tokens, so_far[2] + seconds
+        self.generation = so_far[0] + 1, so_far[1] + tokens, so_far[2] + price
 
     def sleep(self, now: int) -> None:
         """Sleep for a while, longer each time in a row."""
         self.asleep_until = now + self.nap
         self.nap = min(2 * self.nap, _LONGEST_NAP)
+        self.tokens = _HOPE * self.price  # wakes with the benefit of the doubt
 
-    def wake(self, plain_rate: float) -> None:
+    def wake(self) -> None:
         """A new text: what was bad for the last one may be good for this."""
-        rounds, tokens, seconds = self.generation
+        rounds, tokens, price = self.generation
         if rounds >= _RECORD_ROUNDS:
-            self.gains.append(tokens / seconds / plain_rate)
+            self.gains.append(tokens / price)
             self.generation = 0, 0.0, 0.0
         self.asleep_until, self.nap = 0, _FIRST_NAP
 
@@ -118,13 +128,14 @@ class AutoPolicy:
     def __init__(
         self, engine: Engine, costs: CostModel, text: Drafter, guided: Drafter | None = None
     ) -> None:
-        self._texts, self._costs = [text] if guided is None else [guided, text], costs
-        self._plain = Arm(None, 1.0, costs.plain)
-        self._lookups = [Arm(GatedDrafter(part), _HOPE, costs.plain) for part in self._texts]
-        self._arms = [*self._lookups]
+        self._texts, self._costs = [part for part in (guided, text) if part is not None], costs
+        self._seconds, self._plain_rounds = costs.plain, 0  # of a plain token, and how many were measured
+        self._arms = [Arm(GatedDrafter(text))]
         if engine.draft_vocabulary is not None:
-            self._arms += [Arm(EarlyExitDrafter(e, text), 1.0, costs.plain) for e in engine.exits[:-1]]
-        self._chosen = self._plain
+            self._arms += [Arm(EarlyExitDrafter(e, text), _HOPE**2) for e in engine.exits[:-1]]
+        if guided is not None:
+            self._arms.append(Arm(GatedDrafter(guided), _HOPE**3))
+        self._chosen: Arm | None = None
         self._generated, self._credit, self._stake = 0, _CREDIT, 0.0
 
     def begin(self, prompt: Sequence[int], session: Session) -> None:
@@ -132,40 +143,43 @@ class AutoPolicy:
             text.reset(prompt, session.source)
         self._generated, self._credit = 0, _CREDIT
         for arm in self._arms:
-            arm.wake(self._plain.rate)
+            arm.wake()
 
     def next(self) -> Choice:
-        self._chosen, self._stake = self._plain, 0.0
-        if self._plain.rounds >= _WARM_UP:
-            best = max((arm for arm in self._arms if self._may_take(arm)), key=self._hoped_rate, default=None)
-            if best is not None and self._hoped_rate(best) > self._plain.rate:
+        self._chosen, self._stake = None, 0.0
+        if self._plain_rounds >= _WARM_UP:
+            best = max(filter(self._may_take, self._arms), key=lambda arm: arm.hoped, default=None)
+            if best is not None and best.hoped > 1.0:
                 self._chosen, self._stake = best, self._account(best) + _STAKE
-        return Choice(self._chosen.drafter, self._stake * self._plain.seconds)
+        drafter = None if self._chosen is None else self._chosen.drafter
+        return Choice(drafter, self._stake * self._seconds)
 
     def learn(self, outcome: Outcome) -> None:
         arm, fresh = self._chosen, outcome.observation.fresh
         self._generated += fresh
-        if arm.drafter is None:
-            arm.update(fresh, min(outcome.seconds, _OUTLIER * arm.seconds))
+        if arm is None:
+            self._learn_plain(min(outcome.seconds, _OUTLIER * self._seconds))
             self._credit += _SHARE * fresh
             return
-        if not arm.rounds:
-            arm.seconds = self._plain.seconds  # measured here, where the cost curve may have met a slow spell
-        foreseen = max(arm.seconds, (1.0 + min(self._stake, _STAKE)) * self._plain.seconds)
+        foreseen = max(arm.price, 1.0 + min(self._stake, _STAKE)) * self._seconds
         seconds = min(outcome.seconds, _OUTLIER * foreseen)
         if isinstance(arm.drafter, GatedDrafter) and outcome.drafted:
             predicted = self._costs.run(0, self._costs.last_exit, outcome.drafted + 1)
             arm.drafter.verified(outcome.accepted, predicted, seconds)
         began = time.perf_counter()
         arm.drafter.observe(outcome.observation)
-        seconds += time.perf_counter() - began
-        arm.update(fresh, seconds)
-        self._credit += (1.0 + _SHARE) * fresh - seconds / self._plain.seconds
-        if arm.rate < self._plain.rate:
+        price = (seconds + time.perf_counter() - began) / self._seconds
+        arm.update(fresh, price)
+        self._credit += (1.0 + _SHARE) * fresh - price
+        if arm.speedup < 1.0:
             arm.sleep(self._generated)
-            arm.tokens = _HOPE * arm.seconds * self._plain.rate  # wakes with the benefit of the doubt
-        elif arm.rate > 1.1 * self._plain.rate:
+        elif arm.speedup > 1.1:
             arm.nap = _FIRST_NAP
+
+    def _learn_plain(self, seconds: float) -> None:
+        """A round of plain decoding took so long."""
+        self._plain_rounds += 1
+        self._seconds += max(_MEMORY, 1.0 / (1.0 + self._plain_rounds)) * (seconds - self._seconds)
 
     def _account(self, arm: Arm) -> float:
         """Plain tokens that the arm may still lose in this generation."""
@@ -173,16 +187,3 @@ class AutoPolicy:
 
     def _may_take(self, arm: Arm) -> bool:
         return self._account(arm) > 0.0 and (arm.trusted or arm.asleep_until <= self._generated)
-
-    def _hoped_rate(self, arm: Arm) -> float:
-        """The arm's rate; for a trusted one what it was in generations of late, if that is better.
-
-        An untried lookup is taken to be a little better than plain decoding as it runs here (the cost curve may have
-        been measured in a slower moment), an untried stage a little better than what it builds on.
-        """
-        if arm.rounds:
-            return max(arm.rate, arm.gain * self._plain.rate) if arm.trusted else arm.rate
-        if arm in self._lookups:
-            return _HOPE * self._plain.rate
-        known = max((lookup.rate for lookup in self._lookups if lookup.rounds >= _KNOWN), default=0.0)
-        return _HOPE * max(_HOPE * self._plain.rate, known)

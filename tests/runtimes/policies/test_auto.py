@@ -11,6 +11,7 @@ import skipstone.runtimes.generate as generate_module
 import skipstone.runtimes.policies.auto as auto_module
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
+from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.generate import Choice, FixedPolicy, GenerationLimits, Outcome, Policy, Step, generate
 from skipstone.runtimes.policies.auto import Arm
 from skipstone.runtimes.rows import RowTree
@@ -195,7 +196,7 @@ def test_without_a_draft_head_auto_drafts_from_text_alone(clock: Clock) -> None:
 
 
 def arm_with(*gains: float) -> Arm:
-    return Arm(None, 1.0, 1.0, gains=deque(gains, maxlen=8))
+    return Arm(NGramDrafter(), gains=deque(gains, maxlen=8))
 
 
 @pytest.mark.parametrize(
@@ -218,23 +219,45 @@ def test_a_speed_up_over_the_generations_of_late_earns_trust(gains: tuple[float,
 
 def test_a_generation_counts_by_its_speed_up_over_plain_decoding() -> None:
     arm = arm_with()
-    for tokens, seconds in ((3, 2.0), (4, 2.0), (2, 2.0), (3, 2.0), (3, 2.0), (3, 2.0)):
-        arm.update(tokens, seconds)
-    arm.wake(plain_rate=0.75)
-    assert list(arm.gains) == [pytest.approx((18 / 12) / 0.75)]
-    arm.wake(plain_rate=0.75)
+    for tokens, price in ((3, 1.5), (4, 1.5), (2, 1.5), (3, 1.5), (3, 1.5), (3, 1.5)):
+        arm.update(tokens, price)
+    arm.wake()
+    assert list(arm.gains) == [pytest.approx(18 / 9)]
+    arm.wake()
     assert len(arm.gains) == 1, "a generation that did not use the arm says nothing of it"
     for _ in range(6):
         arm.update(1, 2.0)
-    arm.wake(plain_rate=1.0)
+    arm.wake()
     assert list(arm.gains)[1:] == [pytest.approx(0.5)], "nor does the one before"
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_machine_that_slows_down_changes_no_arms_speed_up() -> None:
+    """An arm that was bad while plain decoding was slow is tried again in the next text, on a machine twice as fast."""
+    rounds = Rounds()
+    for _ in range(3):
+        rounds.play(2, 6.0, plain_seconds=2.0)
+    assert rounds.play(2, 6.0, plain_seconds=2.0).drafter is not None  # 3 plain tokens for 2
+    for _ in range(30):
+        rounds.play(2, 3.0, plain_seconds=1.0)
+    rounds.begin()
+    assert rounds.play(2, 1.0).drafter is not None
+
+
+def test_what_was_seldom_tried_is_hoped_to_be_better_than_it_was() -> None:
+    once, often = arm_with(), arm_with()
+    once.update(1, 1.0)
+    for _ in range(200):
+        often.update(1, 1.0)
+    assert once.hoped > 1.15 * once.speedup
+    assert often.hoped < 1.03 * often.speedup
 
 
 def test_a_few_rounds_are_too_few_to_judge_an_arm_by() -> None:
     arm = arm_with()
     for _ in range(5):
         arm.update(9, 1.0)
-    arm.wake(plain_rate=1.0)
+    arm.wake()
     assert not arm.gains
 
 
@@ -244,7 +267,7 @@ def test_generations_of_few_rounds_are_judged_together() -> None:
     for _ in range(3):
         for tokens in (9, 7):
             arm.update(tokens, 2.0)
-        arm.wake(plain_rate=1.0)
+        arm.wake()
     assert list(arm.gains) == [pytest.approx(4.0)]
 
 
