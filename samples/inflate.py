@@ -40,9 +40,11 @@ from skipstone.exporters.draft_vocabulary import FREQUENCIES_FILE
 from skipstone.exporters.exits import EXITS_FILE, recorded_exits
 
 _PROBE_LENGTH = 24
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-_COPIED_TOO = ("chat_template.jinja", FREQUENCIES_FILE, DRAFT_TABLE_FILE)
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja", FREQUENCIES_FILE, DRAFT_TABLE_FILE,
+)  # fmt: skip
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def _write_config(
     }
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (*_COPIED, *_COPIED_TOO):
+    for name in COPIED:
         if (checkpoint.path / name).is_file():
             shutil.copy(checkpoint.path / name, folder / name)
     exits = recorded_exits(checkpoint.path, checkpoint.config)
@@ -322,11 +324,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="Hugging Face folder of a Llama checkpoint")
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float16")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
     options = parser.parse_args(arguments)
     try:
         checkpoint = open_checkpoint(options.checkpoint)
-        difference = inflate(checkpoint, SHAPES[options.shape], options.output, _DTYPES[options.dtype])
+        difference = inflate(checkpoint, SHAPES[options.shape], options.output, DTYPES[options.dtype])
     except SkipstoneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
