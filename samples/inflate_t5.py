@@ -1,6 +1,6 @@
 """Zero-pad a T5 checkpoint to a bigger model's shape: the same function at the bigger model's cost.
 
-    python samples/inflate_t5.py samples/models/speller --shape t5-base --output build/speller-base
+    python -m samples.inflate_t5 samples/models/speller --shape t5-base --output build/speller-base
 
 As samples/inflate.py does with decoders: every matrix is padded with zeros, norms are rescaled to the greater width,
 added heads and layers have no output, and layers are spread evenly, the first, which keeps the bias by relative
