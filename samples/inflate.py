@@ -24,9 +24,11 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -39,12 +41,13 @@ from skipstone.exporters.draft_table import DRAFT_TABLE_FILE
 from skipstone.exporters.draft_vocabulary import FREQUENCIES_FILE
 from skipstone.exporters.exits import EXITS_FILE, recorded_exits
 
+Measures = TypeVar("Measures")
 _PROBE_LENGTH = 24
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "chat_template.jinja", FREQUENCIES_FILE, DRAFT_TABLE_FILE,
 )  # fmt: skip
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,30 @@ def inflate(checkpoint: Checkpoint, target: Shape, output: Path, dtype: torch.dt
     source = shape_of(checkpoint)
     places = layer_places(source.layers, target.layers)
     _check_fits(source, target)
+    with in_progress(output) as draft:
+        _write_weights(checkpoint, source, target, places, draft, dtype)
+        _write_config(checkpoint, source, target, places, draft, dtype)
+        original, padded = (
+            _probe_logits(path, checkpoint.config.vocab_size) for path in (checkpoint.path, draft)
+        )
+        return check_same_function(checkpoint.path, original, padded, dtype)
+
+
+@contextmanager
+def in_progress(output: Path) -> Iterator[Path]:
+    """A folder that becomes `output` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        ExportError: `output` exists.
+    """
     if output.exists():
         raise ExportError(f"{output}: exists already", hint="remove it or choose another --output folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         draft = Path(folder) / output.name
         draft.mkdir()
-        _write_weights(checkpoint, source, target, places, draft, dtype)
-        _write_config(checkpoint, source, target, places, draft, dtype)
-        difference = _check_same_function(checkpoint, draft, dtype)
+        yield draft
         draft.rename(output)
-    return difference
 
 
 def shape_of(checkpoint: Checkpoint) -> Shape:
@@ -274,21 +290,24 @@ def _write_config(
         (folder / EXITS_FILE).write_text(json.dumps({"exits": moved}) + "\n", encoding="utf-8")
 
 
-def _check_same_function(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> float:
-    """Largest difference of a logit, both models in float32; refuses one that rounding to `dtype` cannot
-    explain.
+def check_same_function(path: Path, original: Tensor, padded: Tensor, dtype: torch.dtype) -> float:
+    """Largest difference of a logit, both models in float32; refuses one that rounding to `dtype` cannot explain.
+
+    Raises:
+        ExportError: naming the checkpoint.
     """
-    tokens = (torch.arange(_PROBE_LENGTH) * 37 + 11) % checkpoint.config.vocab_size
-    original, padded = (_logits(path, tokens) for path in (checkpoint.path, folder))
     difference, spread = float((original - padded).abs().max()), float(original.std())
     # Weights rounded once more to eps relative, through some 10² roundings that add up at random.
     tolerance = max(1e-4, 64 * torch.finfo(dtype).eps) * max(1.0, spread)
     if not difference <= tolerance:
         raise ExportError(
-            f"{checkpoint.path}: the padded model's logits differ by {difference:.3g}, "
-            f"at most {tolerance:.3g} was expected"
+            f"{path}: the padded model's logits differ by {difference:.3g}, at most {tolerance:.3g} was expected"
         )
     return difference
+
+
+def _probe_logits(folder: Path, vocab_size: int) -> Tensor:
+    return _logits(folder, (torch.arange(_PROBE_LENGTH) * 37 + 11) % vocab_size)
 
 
 def _logits(folder: Path, tokens: Tensor) -> Tensor:
@@ -316,19 +335,24 @@ def _logits(folder: Path, tokens: Tensor) -> Tensor:
     return logits
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+def run(
+    description: str | None,
+    shapes: Mapping[str, Measures],
+    convert: Callable[[Checkpoint, Measures, Path, torch.dtype], float],
+    arguments: Sequence[str] | None,
+) -> int:
+    """The command line of a script that inflates; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="Hugging Face folder of a Llama checkpoint")
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
+    parser.add_argument("checkpoint", help="Hugging Face folder")
+    parser.add_argument("--shape", choices=sorted(shapes), required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float16")
     options = parser.parse_args(arguments)
     try:
         checkpoint = open_checkpoint(options.checkpoint)
-        difference = inflate(checkpoint, SHAPES[options.shape], options.output, DTYPES[options.dtype])
+        difference = convert(checkpoint, shapes[options.shape], options.output, _DTYPES[options.dtype])
     except SkipstoneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -336,6 +360,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.output}: {options.shape} shape, same function (logits differ by at most {difference:.2g})"
     )
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run(__doc__, SHAPES, inflate, arguments)
 
 
 if __name__ == "__main__":

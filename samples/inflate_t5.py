@@ -11,12 +11,10 @@ layers that correspond, and the result is checked against the original before it
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from samples.inflate import COPIED, DTYPES, layer_places, pad, place_exit
-from skipstone.errors import CheckpointError, ExportError, SkipstoneError, UsageError
-from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint, quiet_loading
+from samples.inflate import COPIED, check_same_function, in_progress, layer_places, pad, place_exit, run
+from skipstone.errors import CheckpointError, UsageError
+from skipstone.exporters.checkpoint import Checkpoint, quiet_loading
 from skipstone.exporters.exits import EXITS_FILE
 
 _HEAD = "lm_head.weight"
@@ -92,16 +90,9 @@ def inflate_t5(
     ):
         if have > room:
             raise UsageError(f"--shape: {name} {room} cannot hold the checkpoint's {have}")
-    if output.exists():
-        raise ExportError(f"{output}: exists already", hint="remove it or choose another --output folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        draft = Path(folder) / output.name
-        draft.mkdir()
+    with in_progress(output) as draft:
         _write(checkpoint, target, places, draft, dtype)
-        difference = _check_same_function(checkpoint.path, draft, dtype)
-        draft.rename(output)
-    return difference
+        return check_same_function(checkpoint.path, _logits(checkpoint.path), _logits(draft), dtype)
 
 
 def _write(
@@ -147,18 +138,6 @@ def _padded(checkpoint: Checkpoint, name: str, shape: Sequence[int], places: dic
     return pad(tensor, *shape)
 
 
-def _check_same_function(original: Path, padded: Path, dtype: torch.dtype) -> float:
-    """Largest difference of a logit, both models in float32; refuses one that rounding to `dtype` cannot explain."""
-    expected, found = _logits(original), _logits(padded)
-    difference, spread = float((expected - found).abs().max()), float(expected.std())
-    tolerance = max(1e-4, 64 * torch.finfo(dtype).eps) * max(1.0, spread)
-    if not difference <= tolerance:
-        raise ExportError(
-            f"{original}: the padded model's logits differ by {difference:.3g}, at most {tolerance:.3g} was expected"
-        )
-    return difference
-
-
 def _logits(folder: Path) -> Tensor:
     with quiet_loading():
         model: Any = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -171,24 +150,7 @@ def _logits(folder: Path) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", help="Hugging Face folder of a T5 checkpoint")
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
-    options = parser.parse_args(arguments)
-    try:
-        checkpoint = open_checkpoint(options.checkpoint)
-        difference = inflate_t5(checkpoint, SHAPES[options.shape], options.output, DTYPES[options.dtype])
-    except SkipstoneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{options.output}: {options.shape} shape, same function (logits differ by at most {difference:.2g})"
-    )
-    return 0
+    return run(__doc__, SHAPES, inflate_t5, arguments)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,8 @@ Guide = Callable[[], Sequence[int]]
 # Probability that a pointer is right: after so many copied tokens (3 means or more), or corrections (-2 likewise).
 _PRIOR = {-2: 0.2, -1: 0.4, 0: 0.65, 1: 0.85, 2: 0.92, 3: 0.96}
 _FEWEST, _MOST = min(_PRIOR), max(_PRIOR)
-_MOVES = (
-    0.15,
-    0.1,
-    0.05,
-    0.1,
-    0.45,
-    0.15,
-)  # probability that a correction replaced 0 … 3 tokens, 1 or 2 words
+# Probability that a correction replaced 0, 1, 2 or 3 tokens of the guide, or one or two words.
+_MOVES = (0.15, 0.1, 0.05, 0.1, 0.45, 0.15)
 _EVIDENCE = 4.0  # for each token that a suffix occurs with elsewhere, against a replacement
 _POINTERS = 6
 _LEARNING = 0.04

@@ -229,3 +229,9 @@ def test_a_tiny_t5_says_what_transformers_says_whatever_drafts(eager: EagerT5Eng
         expected = eager.model.generate(torch.tensor([source]), max_new_tokens=20, do_sample=False)
         steps = run(eager, source, policy, count=20, prompt=[START], eos=[EOS])
         assert tokens_of(steps) == expected[0, 1:].tolist()
+
+
+def test_auto_tries_copies_of_the_source_before_anything_else() -> None:
+    engine = ToyTranslator(3, copying=6.0, depth_scale=0.15, context_length=120)
+    steps = run(engine, list(range(2, 22)), policy_of("auto", engine))
+    assert next(step.drafter for step in steps if step.drafter) == "aggressive"

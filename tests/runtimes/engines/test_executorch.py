@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import skipstone.runtimes.engines.executorch.program as program_module
 import skipstone.runtimes.generate as generate_module
 import skipstone.runtimes.policies.auto as auto_module
 from skipstone.benchmark.lossless import first_difference
@@ -233,3 +234,19 @@ def test_a_file_that_is_gone_is_named(coder_bundle_executorch: Path, tmp_path: P
     entry = executorch_manifest(open_bundle(coder_bundle_executorch)).program
     with pytest.raises(BundleError, match=r"gone\.pte: cannot be read"):
         Program(tmp_path / "gone.pte", entry, threads=1)
+
+
+def test_closing_an_engine_frees_the_programs_of_sessions_that_are_still_held(
+    coder_bundle_executorch: Path,
+) -> None:
+    engine = open_engine(open_bundle(coder_bundle_executorch), EngineOptions(threads=1))
+    before = len(program_module._LIVE)
+    one, other = Session(engine, 64), Session(engine, 64)
+    assert len(program_module._LIVE) == before + 1, "the engine's own, and one more"
+    for session in (one, other):
+        session.prefill([20, 21])
+    engine.close()
+    assert len(program_module._LIVE) == before - 1
+    for session in (one, other):
+        with pytest.raises(EngineError, match="called after its engine was closed"):
+            session.prefill([22])
