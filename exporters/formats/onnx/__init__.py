@@ -1,0 +1,1 @@
+"""The ONNX format: a graph per segment, K and V as inputs and outputs."""
