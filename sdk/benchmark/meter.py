@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle, ExecuTorchManifest, ProgramEntry, SegmentEntry
+from skipstone.bundle import Bundle, ExecuTorchManifest, GraphsEntry, OnnxManifest, ProgramEntry, SegmentEntry
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.engines.base import Cache, Engine, Settled, SourceCache
 from skipstone.runtimes.engines.llamacpp.embedding import table_bytes
@@ -32,6 +32,8 @@ def part_bytes(bundle: Bundle) -> PartBytes:
     manifest = bundle.manifest
     if isinstance(manifest, ExecuTorchManifest):
         return _method_bytes(manifest.program, len(manifest.exits) + 1)
+    if isinstance(manifest, OnnxManifest):
+        return _method_bytes(manifest.graphs, len(manifest.exits) + 1)
     sizes = {entry.path: entry.size for entry in manifest.files}
     table = manifest.embedding
     lookup_only = 0 if manifest.model.tied_embeddings else table_bytes(table)
@@ -43,7 +45,7 @@ def part_bytes(bundle: Bundle) -> PartBytes:
     return PartBytes(tuple(size(segment) for segment in manifest.segments), head)
 
 
-def _method_bytes(program: ProgramEntry, num_segments: int) -> PartBytes:
+def _method_bytes(program: ProgramEntry | GraphsEntry, num_segments: int) -> PartBytes:
     """The last segment is read together with the head."""
     segments = [program.weight_bytes(f"segment_{index}") for index in range(num_segments)]
     segments[-1] += program.weight_bytes("head")

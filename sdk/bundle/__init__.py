@@ -16,11 +16,13 @@ from skipstone.bundle.folder import (
     executorch_manifest,
     gguf_manifest,
     hash_file,
+    onnx_manifest,
     open_bundle,
     read_manifest,
     store_calibration,
     write_manifest,
 )
+from skipstone.bundle.graphs import GRAPH_INTERFACE, GraphEntry, GraphsEntry, TableEntry
 from skipstone.bundle.manifest import (
     MANIFEST_NAME,
     PROGRAM_INTERFACE,
@@ -37,6 +39,7 @@ from skipstone.bundle.manifest import (
     Manifest,
     MethodEntry,
     ModelFacts,
+    OnnxManifest,
     Parity,
     ProgramEntry,
     Provenance,
@@ -46,6 +49,7 @@ from skipstone.bundle.manifest import (
 )
 
 __all__ = [
+    "GRAPH_INTERFACE",
     "MANIFEST_NAME",
     "PROGRAM_INTERFACE",
     "SCHEMA_VERSION",
@@ -60,10 +64,13 @@ __all__ = [
     "ExecuTorchManifest",
     "FileEntry",
     "GgufManifest",
+    "GraphEntry",
+    "GraphsEntry",
     "Knob",
     "Manifest",
     "MethodEntry",
     "ModelFacts",
+    "OnnxManifest",
     "Parity",
     "ProgramEntry",
     "Provenance",
@@ -71,11 +78,13 @@ __all__ = [
     "Quantization",
     "Risk",
     "SegmentEntry",
+    "TableEntry",
     "bundle_in_progress",
     "describe_file",
     "executorch_manifest",
     "gguf_manifest",
     "hash_file",
+    "onnx_manifest",
     "open_bundle",
     "read_manifest",
     "store_calibration",

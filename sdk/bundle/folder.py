@@ -22,6 +22,7 @@ from skipstone.bundle.manifest import (
     FileEntry,
     GgufManifest,
     Manifest,
+    OnnxManifest,
 )
 from skipstone.errors import BundleError
 
@@ -67,6 +68,17 @@ def executorch_manifest(bundle: Bundle) -> ExecuTorchManifest:
     """
     if not isinstance(bundle.manifest, ExecuTorchManifest):
         raise _other_format(bundle, "executorch")
+    return bundle.manifest
+
+
+def onnx_manifest(bundle: Bundle) -> OnnxManifest:
+    """The manifest of an ONNX bundle.
+
+    Raises:
+        BundleError: it is of another format.
+    """
+    if not isinstance(bundle.manifest, OnnxManifest):
+        raise _other_format(bundle, "onnx")
     return bundle.manifest
 
 

@@ -6,9 +6,11 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from skipstone.bundle.calibration import Calibration
+from skipstone.bundle.graphs import GraphsEntry
+from skipstone.bundle.record import Record
 
 SCHEMA_VERSION: Literal[1] = 1
 # what an ExecuTorch program's methods take and compute: a decoder's, an encoder-decoder's
@@ -16,13 +18,7 @@ PROGRAM_INTERFACE, SOURCE_PROGRAM_INTERFACE = 2, 3
 MANIFEST_NAME = "manifest.json"
 
 
-class _Record(BaseModel):
-    """Frozen, closed record: an unknown key is an error, not a silent loss."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Record):
+class FileEntry(Record):
     """One file of the bundle; `path` is relative, in POSIX form, and stays inside the folder."""
 
     path: str
@@ -39,7 +35,7 @@ class FileEntry(_Record):
         return value
 
 
-class EncoderFacts(_Record):
+class EncoderFacts(Record):
     """The encoder of an encoder-decoder. `exits` are the inner layer counts at which it can stop; a source has at most
     `max_source_length` tokens; the decoder's text begins with `start_token_id`.
     """
@@ -57,7 +53,7 @@ class EncoderFacts(_Record):
         return self
 
 
-class ModelFacts(_Record):
+class ModelFacts(Record):
     """What a runtime must know of the model; counts are in units of layers, tokens, rows.
 
     Of an encoder-decoder, `encoder` describes the encoder and everything else the decoder.
@@ -78,7 +74,7 @@ class ModelFacts(_Record):
     encoder: EncoderFacts | None = None
 
 
-class SegmentEntry(_Record):
+class SegmentEntry(Record):
     """Layers `first` (included) to `stop` (excluded) in one file.
 
     `output` says how the rows leave: `nextn` (hidden states through the engine's own output, no callback),
@@ -91,7 +87,7 @@ class SegmentEntry(_Record):
     output: Literal["nextn", "callback", "logits"]
 
 
-class EncoderSegmentEntry(_Record):
+class EncoderSegmentEntry(Record):
     """The encoder's layers `first` (included) to `stop` (excluded) in one file, and the encoder's final norm."""
 
     first: Annotated[int, Field(ge=0)]
@@ -99,7 +95,7 @@ class EncoderSegmentEntry(_Record):
     file: str
 
 
-class EmbeddingEntry(_Record):
+class EmbeddingEntry(Record):
     """The token embedding table, memory-mapped out of a file: `rows` x `columns`, ggml type name, byte offset."""
 
     file: str
@@ -110,7 +106,7 @@ class EmbeddingEntry(_Record):
     scale: float = 1.0
 
 
-class DraftHeadEntry(_Record):
+class DraftHeadEntry(Record):
     """Final norm and LM head over a part of the vocabulary, used while drafting.
 
     `vocabulary` is a little-endian int32 file: the token id of every row of the head.
@@ -121,19 +117,19 @@ class DraftHeadEntry(_Record):
     rows: Annotated[int, Field(gt=0)]
 
 
-class Quantization(_Record):
+class Quantization(Record):
     """Scheme (`f32`, `f16`, `q8_0`, `8da4w`, …), schemes of single parts, and hashes of the texts that were used: for an
     importance matrix, for the scales of activations.
     """
 
     scheme: str
-    mix: dict[str, str] = {}
+    mix: dict[str, str] = Field(default_factory=dict)
     imatrix_sha256: str | None = None
     calibration_sha256: str | None = None
     bits_per_weight: float | None = None
 
 
-class Parity(_Record):
+class Parity(Record):
     """Self-test figures: largest absolute differences of logits.
 
     reference: against the eager reference in f32 (None where the input was a GGUF and no reference exists); the others,
@@ -153,7 +149,7 @@ class Parity(_Record):
     agreement_with_reference: float | None = None
 
 
-class Quality(_Record):
+class Quality(Record):
     """How the artefact predicts a held-out text: perplexity over `tokens` predicted tokens, its own and the checkpoint's
     in float32; mean divergence of its distribution from the checkpoint's (Kullback–Leibler, nats); share of positions
     with the same best token. None where there is no checkpoint to compare with.
@@ -167,7 +163,7 @@ class Quality(_Record):
     agreement: float | None = None
 
 
-class CostCurve(_Record):
+class CostCurve(Record):
     """Seconds per call of each segment at each width (rows per batch), measured on one machine.
 
     segments[k][i] belongs to widths[i]; draft_head[i] likewise (empty without a draft head).
@@ -180,7 +176,7 @@ class CostCurve(_Record):
     machine: str
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """Where the bundle came from."""
 
     source: str
@@ -190,7 +186,7 @@ class Provenance(_Record):
     created: str
 
 
-class MethodEntry(_Record):
+class MethodEntry(Record):
     """One method of a program: bytes of weights a call reads, and the share of its nodes that the delegate runs."""
 
     name: str
@@ -198,7 +194,7 @@ class MethodEntry(_Record):
     delegated: Annotated[float, Field(ge=0, le=1)]
 
 
-class ProgramEntry(_Record):
+class ProgramEntry(Record):
     """An ExecuTorch program: one file with a method per segment (docs/executorch.md says what each computes).
 
     `slots` positions of K/V, drafts included; batches of 1 to `max_width` rows. Widths from `reference_width` on agree
@@ -238,7 +234,7 @@ class ProgramEntry(_Record):
         return sum(entry.weight_bytes for entry in self.methods if entry.name == method)
 
 
-class ManifestBase(_Record):
+class ManifestBase(Record):
     """What the manifests of all formats hold, schema version 1.
 
     `parity` is None only where the artefact could not be run on the machine that exported it; `calibrations` come later,
@@ -385,5 +381,58 @@ class ExecuTorchManifest(ManifestBase):
         return self
 
 
-Manifest = Annotated[GgufManifest | ExecuTorchManifest, Field(discriminator="format")]
-MANIFEST: TypeAdapter[GgufManifest | ExecuTorchManifest] = TypeAdapter(Manifest)
+class OnnxManifest(ManifestBase):
+    """A bundle of ONNX graphs, of a decoder alone."""
+
+    format: Literal["onnx"] = "onnx"
+    graphs: GraphsEntry
+
+    def _artefacts(self) -> dict[str, str]:
+        table = self.graphs.embedding
+        found = {table.file: f"embeddings ({table.type})"}
+        for graph in self.graphs.graphs:
+            rows = "" if graph.width is None else f", {graph.width} rows"
+            found[graph.file] = f"{self.graphs.target} graph: {graph.part}{rows}"
+            if graph.weights is not None:
+                found[graph.weights] = f"weights of {graph.part}"
+        if self.graphs.draft_vocabulary is not None:
+            found[self.graphs.draft_vocabulary] = "draft head's token ids"
+        return found
+
+    @model_validator(mode="after")
+    def _was_tested_where_it_runs(self) -> Self:
+        if (self.parity is None) != (self.graphs.status == "compiled"):
+            raise ValueError(f"graphs.status {self.graphs.status!r} does not go with the parity figures")
+        return self
+
+    @model_validator(mode="after")
+    def _is_a_decoder(self) -> Self:
+        if self.model.encoder is not None:
+            raise ValueError("an encoder is described, the graphs are of a decoder alone")
+        table, model = self.graphs.embedding, self.model
+        if (table.rows, table.columns) != (model.vocab_size, model.hidden_size):
+            raise ValueError(
+                f"embeddings {table.rows} x {table.columns} do not fit a model of {model.vocab_size} tokens and "
+                f"{model.hidden_size} channels"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_are_the_exits(self) -> Self:
+        edges = (0, *self.exits, self.model.num_layers)
+        if any(first >= second for first, second in pairwise(edges)):
+            raise ValueError(f"exits {self.exits} do not rise within {self.model.num_layers} layers")
+        parts = ["head", *(f"segment_{index}" for index in range(len(self.exits) + 1))]
+        if self.graphs.draft_vocabulary is not None:
+            parts.append("draft_head")
+        expected = sorted(f"{part} {width}" for part in parts for width in self.graphs.widths or ("any",))
+        found = sorted(f"{graph.part} {graph.width or 'any'}" for graph in self.graphs.graphs)
+        if found != expected:
+            raise ValueError(
+                f"exits {self.exits} need the graphs {', '.join(expected)}; found {', '.join(found)}"
+            )
+        return self
+
+
+Manifest = Annotated[GgufManifest | ExecuTorchManifest | OnnxManifest, Field(discriminator="format")]
+MANIFEST: TypeAdapter[GgufManifest | ExecuTorchManifest | OnnxManifest] = TypeAdapter(Manifest)
