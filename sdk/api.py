@@ -17,12 +17,18 @@ def load(
     threads: int | None = None,
     kv_type: str | None = None,
     gpu_layers: int = 0,
+    curve: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Open a bundle for generation; see `skipstone.model.load_model`. Never imports torch."""
     from skipstone.model import load_model
 
     return load_model(
-        path, context_length=context_length, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers
+        path,
+        context_length=context_length,
+        threads=threads,
+        kv_type=kv_type,
+        gpu_layers=gpu_layers,
+        curve=curve,
     )
 
 

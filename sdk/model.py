@@ -12,7 +12,8 @@
 An encoder-decoder is given a source to read instead, `model.generate(source="Their is a eror here.")`, and a prompt only
 where its output is to begin with given words.
 
-Costs are measured when a speculating strategy is first used, so the first such call takes about two seconds more.
+Costs are measured when a bundle is first used, which takes about two seconds, and kept beside it for the next time
+(`skipstone.devices.curves`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from skipstone.bundle import Bundle, Knob, open_bundle
 from skipstone.devices.cost import measure
+from skipstone.devices.curves import MeasuredCurve, check_fits, kept_or_measured, read_curve
 from skipstone.errors import BundleError, UsageError
 from skipstone.inputs import ModelInput, Text, encode_input
 from skipstone.results import Chunk, Collector, GenerationResult, GenerationStats
@@ -34,7 +37,7 @@ from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftMode
 from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.drafters.table import NGramTable
 from skipstone.runtimes.engines import EngineOptions, open_engine
-from skipstone.runtimes.engines.base import Settled
+from skipstone.runtimes.engines.base import Engine, Settled
 from skipstone.runtimes.generate import GenerationLimits, Policy, generate
 from skipstone.runtimes.prefix import common_prefix_length
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
@@ -47,6 +50,7 @@ __all__ = [
     "GenerationResult",
     "GenerationStats",
     "Model",
+    "load_curve",
     "load_draft_table",
     "load_model",
     "open_draft_bundle",
@@ -62,12 +66,18 @@ class Model:
         bundle: the checked bundle.
         options: engine options.
         context_length: positions to hold; None: the model's own, at most 2,048.
+        curve: cost curve to plan with; None: the one kept for this machine, or a new one.
     """
 
     def __init__(
-        self, bundle: Bundle, options: EngineOptions | None = None, context_length: int | None = None
+        self,
+        bundle: Bundle,
+        options: EngineOptions | None = None,
+        context_length: int | None = None,
+        curve: MeasuredCurve | None = None,
     ) -> None:
         self.bundle = bundle
+        self._options = options or EngineOptions()
         facts = bundle.manifest.model
         self.codec = TextCodec(
             bundle.file(bundle.manifest.tokenizer),
@@ -82,7 +92,7 @@ class Model:
         except Exception:
             self.engine.close()
             raise
-        self._costs: CostModel | None = None
+        self._costs = None if curve is None else CostModel(curve.curve, self.engine.exits)
         self._policies: dict[tuple[str, StrategyOptions, str | None, bool], Policy] = {}
         self._guide: tuple[int, ...] = ()
         self._drafters: list[Drafter] = []
@@ -90,10 +100,9 @@ class Model:
 
     @property
     def costs(self) -> CostModel:
-        """The engine's cost model; measured on first use (about two seconds), on this machine."""
+        """The engine's cost model; measured on first use (about two seconds), on this machine, unless it was kept."""
         if self._costs is None:
-            curve = measure(self.engine, budget_seconds=_COST_BUDGET_SECONDS)
-            self._costs = CostModel(curve, self.engine.exits)
+            self._costs = _costs_of(self.bundle, self.engine, self._options)
         return self._costs
 
     def generate(
@@ -266,9 +275,10 @@ class Model:
         """Opens the draft model's bundle and checks its vocabulary; returns what makes its drafter."""
         bundle = open_draft_bundle(path, self.bundle, self.codec)
         facts = bundle.manifest.model
-        engine = open_engine(bundle, EngineOptions(threads=getattr(self.engine, "threads", None)))
+        engine_options = EngineOptions(threads=getattr(self.engine, "threads", None))
+        engine = open_engine(bundle, engine_options)
         session = Session(engine, min(facts.context_length, self.session.context_length))
-        costs = CostModel(measure(engine, budget_seconds=_COST_BUDGET_SECONDS), engine.exits)
+        costs = _costs_of(bundle, engine, engine_options)
 
         def make(source: Drafter | None, shape: GrowthOptions) -> Drafter:
             drafter = DraftModelDrafter(session, costs, facts.name, source, shape)
@@ -276,6 +286,18 @@ class Model:
             return drafter
 
         return make
+
+
+def _costs_of(bundle: Bundle, engine: Engine, options: EngineOptions) -> CostModel:
+    """An opened engine's cost model, from the curve that was kept for it or is measured now."""
+    curve = kept_or_measured(
+        bundle,
+        engine,
+        options,
+        lambda: measure(engine, budget_seconds=_COST_BUDGET_SECONDS),
+        budget_seconds=_COST_BUDGET_SECONDS,
+    )
+    return CostModel(curve, engine.exits)
 
 
 def _check_adaptive(strategy: str, sampler: Sampler) -> None:
@@ -337,6 +359,7 @@ def load_model(
     threads: int | None = None,
     kv_type: str | None = None,
     gpu_layers: int = 0,
+    curve: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Open a bundle and load its weights.
 
@@ -346,9 +369,24 @@ def load_model(
         threads: CPU threads; None: one per core.
         kv_type: `f16` or `f32`; None: f32 for f32 bundles, f16 otherwise.
         gpu_layers: layers to place on a GPU.
+        curve: file with the cost curve to plan with, from `skipstone bench --curve-only`; None: the one that was kept
+            for this machine, else it is measured at first use.
 
     Raises:
         BundleError, EngineError, UsageError: naming the file or argument and what to do.
     """
     options = EngineOptions(threads=threads, kv_type=kv_type, gpu_layers=gpu_layers)
-    return Model(open_bundle(path), options, context_length)
+    bundle = open_bundle(path)
+    return Model(bundle, options, context_length, None if curve is None else load_curve(curve, bundle))
+
+
+def load_curve(path: str | os.PathLike[str], bundle: Bundle) -> MeasuredCurve:
+    """A cost curve measured elsewhere, for planning.
+
+    Raises:
+        UsageError: it cannot be read, or is another bundle's.
+    """
+    file = Path(path)
+    measured = read_curve(file)
+    check_fits(measured, bundle, file)
+    return measured

@@ -24,7 +24,7 @@ def show(report: Report, console: Console) -> None:
     )
     console.print(_speeds(report))
     console.print(_drafts(report))
-    console.print(_costs(report.cost))
+    console.print(show_costs(report.cost))
 
 
 def _speeds(report: Report) -> Table:
@@ -65,7 +65,8 @@ def _drafts(report: Report) -> Table:
     return table
 
 
-def _costs(curve: CostCurve) -> Table:
+def show_costs(curve: CostCurve) -> Table:
+    """Milliseconds per call of every part, by width."""
     shown = [index for index, width in enumerate(curve.widths) if width in _WIDTHS_SHOWN]
     headings = [str(curve.widths[index]) for index in shown]
     table = _table("Milliseconds per call, by rows in the batch", "part")

@@ -6,12 +6,12 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from skipstone.benchmark.rows import Row
 from skipstone.bundle import Bundle, CostCurve
+from skipstone.devices.machine import processor_name
 from skipstone.errors import UsageError
 from skipstone.runtimes.cores import num_cores
 
@@ -53,7 +53,7 @@ class Report:
     Attributes:
         rows: `plain` first, then as asked, baselines last.
         prompts, repeats, max_new_tokens, threads, context_length, sampling: how it was run.
-        cost: the cost curve, measured at the start.
+        cost: the cost curve, measured at the start or given.
         command: the command line.
         started: ISO time, UTC.
         seconds: the whole benchmark took.
@@ -106,7 +106,7 @@ def this_machine() -> Machine:
 
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processor=_processor(),
+        processor=processor_name(),
         cores=num_cores(),
         python=platform.python_version(),
         engine=build_identity(),
@@ -144,14 +144,3 @@ def write_json(path: Path, value: object) -> None:
         if draft is not None:
             draft.unlink(missing_ok=True)
         raise UsageError(f"--json {path}: cannot be written: {error}", hint="choose another file") from error
-
-
-def _processor() -> str:
-    try:
-        lines: Sequence[str] = (
-            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        )
-    except OSError:
-        lines = ()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -24,6 +24,7 @@ from skipstone.benchmark.subject import Subject, new_policy, open_draft, runnabl
 from skipstone.bundle import Bundle, open_bundle
 from skipstone.errors import ContextFullError, UsageError
 from skipstone.inputs import ModelInput, encode_input
+from skipstone.model import load_curve
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.generate import GenerationLimits
 from skipstone.runtimes.sampling import SamplingConfig
@@ -60,6 +61,7 @@ class BenchOptions:
         baselines: also run what a user could run instead, on `whole_gguf`.
         whole_gguf: the uncut model.
         memory: measure every strategy's peak memory in a process of its own.
+        curve: file with a cost curve to plan with instead of measuring one.
         command: the command line, for the report.
     """
 
@@ -80,6 +82,7 @@ class BenchOptions:
     baselines: bool = False
     whole_gguf: Path | None = None
     memory: bool = True
+    curve: Path | None = None
     command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -146,7 +149,10 @@ class _Bench:
         _check_texts(bundle, options)
         gguf = _whole_gguf(bundle, options) if options.baselines else None
         try:
-            self.target = self._stack.enter_context(Subject(bundle, options.engine, options.context_length))
+            curve = None if options.curve is None else load_curve(options.curve, bundle)
+            self.target = self._stack.enter_context(
+                Subject(bundle, options.engine, options.context_length, curve)
+            )
             self.kv_type = self.target.kv_type
             self._draft = self._open_draft()
             self.inputs = self._encoded()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from skipstone.benchmark.meter import MeteredEngine, part_bytes
 from skipstone.bundle import Bundle, CostCurve
 from skipstone.devices.cost import measure
+from skipstone.devices.curves import MeasuredCurve
 from skipstone.model import load_draft_table, open_draft_bundle
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
@@ -16,7 +17,7 @@ from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
 from skipstone.runtimes.text import TextCodec
 
-_COST_SECONDS = 4.0
+COST_SECONDS = 4.0  # budget for the cost curve
 
 
 class Subject:
@@ -26,9 +27,16 @@ class Subject:
         bundle: the checked bundle.
         options: engine options.
         context_length: positions; None: the model's own, at most 2,048.
+        curve: cost curve to plan with, measured elsewhere; None: it is measured now.
     """
 
-    def __init__(self, bundle: Bundle, options: EngineOptions, context_length: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: EngineOptions,
+        context_length: int | None = None,
+        curve: MeasuredCurve | None = None,
+    ) -> None:
         facts = bundle.manifest.model
         self.bundle = bundle
         bos = facts.bos_token_id if facts.add_bos else None
@@ -37,7 +45,9 @@ class Subject:
         self._raw = open_engine(bundle, options)
         try:
             self.kv_type = str(getattr(self._raw, "kv_type", "f32"))
-            self.curve: CostCurve = measure(self._raw, budget_seconds=_COST_SECONDS)
+            self.curve: CostCurve = (
+                measure(self._raw, budget_seconds=COST_SECONDS) if curve is None else curve.curve
+            )
             self.costs = CostModel(self.curve, self._raw.exits)
             self.engine = MeteredEngine(self._raw, self.costs, part_bytes(bundle))
             length = min(facts.context_length, 2048) if context_length is None else context_length

@@ -16,6 +16,12 @@ ContextLength = Annotated[
     int | None, typer.Option(help="Positions to hold.", show_default="the model's, at most 2048")
 ]
 KvType = Annotated[str | None, typer.Option(help="f16 or f32.", show_default="f16; f32 for f32 bundles")]
+Curve = Annotated[
+    Path | None,
+    typer.Option(
+        help="Plan with the costs in this file, from bench --curve-only.", show_default="measured, then kept"
+    ),
+]
 
 # Sampling.
 TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")]

@@ -66,6 +66,11 @@ def bench(
         typer.Option("--baselines", help="Also run llama_decode and create_completion, on --whole-gguf."),
     ] = False,
     whole_gguf: Annotated[Path | None, typer.Option(help="The uncut model, for --baselines.")] = None,
+    curve: flags.Curve = None,
+    curve_only: Annotated[
+        bool,
+        typer.Option("--curve-only", help="Only measure the cost curve and keep it; --json writes it."),
+    ] = False,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Do not measure peak memory.")] = False,
     profile: Annotated[
         bool,
@@ -81,9 +86,13 @@ def bench(
     from skipstone.benchmark.report import check_writable, write_json
     from skipstone.benchmark.run import BenchOptions, run_bench
     from skipstone.cli._progress import progress_bar
+    from skipstone.runtimes.engines import EngineOptions
     from skipstone.runtimes.sampling import SamplingConfig
     from skipstone.runtimes.strategies import StrategyOptions
 
+    if curve_only:
+        _measure_curve(bundle, EngineOptions(threads, kv_type), json, curve)
+        return
     texts = Texts(DEFAULT_PROMPTS, DEFAULT_SOURCES) if prompts is None else read_prompts(prompts)
     options = BenchOptions(
         strategies=() if strategies is None else parse_strategies(strategies),
@@ -108,6 +117,7 @@ def bench(
         baselines=baselines,
         whole_gguf=whole_gguf,
         memory=not no_memory,
+        curve=curve,
         command=("skipstone", *sys.argv[1:]),
     )
     if json is not None:
@@ -125,6 +135,32 @@ def bench(
     show(report, Console())
     if measured is not None:
         show_profile(measured, Console())
+
+
+def _measure_curve(folder: Path, options: EngineOptions, output: Path | None, given: Path | None) -> None:
+    """Measure a bundle's cost curve, keep it, and write it to `output` too.
+
+    Raises:
+        UsageError: a curve was given as well, or the file cannot be written.
+        BundleError, EngineError: the bundle cannot be opened.
+    """
+    from rich.console import Console
+
+    from skipstone.benchmark.curve import measure_curve
+    from skipstone.benchmark.render import show_costs
+    from skipstone.benchmark.report import check_writable, write_json
+
+    if given is not None:
+        raise UsageError("--curve-only measures a curve, --curve takes one", hint="leave one of them out")
+    if output is not None:
+        check_writable(output)
+    report = measure_curve(folder, options)
+    if output is not None:
+        write_json(output, report.measured.model_dump(mode="json"))
+    console = Console()
+    console.print(show_costs(report.measured.curve))
+    kept = "kept nowhere: no folder takes it" if report.kept_in is None else f"kept in {report.kept_in}"
+    console.print(kept, highlight=False, soft_wrap=True, markup=False)
 
 
 def parse_strategies(text: str) -> tuple[str, ...]:

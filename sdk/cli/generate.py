@@ -93,6 +93,7 @@ def generate(
     threads: flags.Threads = None,
     kv_type: flags.KvType = None,
     gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers to place on a GPU; -1: all.")] = 0,
+    curve: flags.Curve = None,
     show_drafts: Annotated[
         bool, typer.Option("--show-drafts", help="Colour accepted and refused drafts.")
     ] = False,
@@ -144,7 +145,12 @@ def generate(
         raise UsageError("--json and --show-drafts do not go together", hint="leave one of them out")
     adaptive = look_up(stopping, bundle)
     with load_model(
-        bundle, context_length=context_length, threads=threads, kv_type=kv_type, gpu_layers=gpu_layers
+        bundle,
+        context_length=context_length,
+        threads=threads,
+        kv_type=kv_type,
+        gpu_layers=gpu_layers,
+        curve=curve,
     ) as model:
         if num_beams > 1:
             found = search_beams(

@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from skipstone.bundle import Calibration, CostCurve, Manifest, Parity, Quality, open_bundle, read_manifest
+from skipstone.bundle import (
+    Bundle,
+    Calibration,
+    CostCurve,
+    Manifest,
+    Parity,
+    Quality,
+    open_bundle,
+    read_manifest,
+)
 from skipstone.cli._options import BundleFolder, ManifestJson
 from skipstone.cli._untested import untested
 
@@ -32,7 +41,8 @@ def inspect(
 ) -> None:
     """Check a bundle's files and show what it holds."""
     report = _report_memory(bundle) if memory else None
-    manifest = open_bundle(bundle).manifest
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
     if json:
         text = manifest.model_dump_json(indent=2)
         typer.echo(text if report is None else dumps(loads(text) | {"memory": asdict(report)}, indent=2))
@@ -50,6 +60,7 @@ def inspect(
         console.print(_calibrated(calibration), highlight=False, soft_wrap=True)
     if manifest.cost is not None:
         console.print(_cost(manifest.cost))
+    _show_curves(opened, console)
     if report is not None:
         console.print(_memory(report))
 
@@ -139,6 +150,26 @@ def _calibrated(found: Calibration) -> str:
         f"--{found.knob} calibrated: {value} ({found.risk} loss ≤ {found.max_loss:g} with confidence "
         f"{found.confidence:g}, {found.samples} texts)"
     )
+
+
+def _show_curves(bundle: Bundle, console: Console) -> None:
+    """The curves kept beside the bundle; one line for each file that is of no use."""
+    from skipstone.devices.curves import kept_curves
+
+    for found in kept_curves(bundle):
+        if found.content is None:
+            console.print(escape(f"{found.path}: ignored: {found.problem}"), highlight=False, soft_wrap=True)
+            continue
+        key = found.content.key
+        console.print(_cost(found.content.curve))
+        console.print(
+            escape(
+                f"kept in {found.path}; {found.content.measured}, {key.library}, {key.processor}, {key.cores} cores, "
+                f"K/V {key.kv_type}, {key.gpu_layers} GPU layers"
+            ),
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _cost(cost: CostCurve) -> Table:
