@@ -62,7 +62,7 @@ class TuneOptions:
         dtype: "bfloat16" (over a float32 master copy) or "float32".
         resume: go on from the last checkpoint of the same run.
         overwrite: replace an output folder that exists.
-        compile: compile layers and heads with torch.compile.
+        compile: compile layers and heads with torch.compile, of an encoder-decoder the losses.
         cpu: stay on the CPU where there is an accelerator.
         evaluate_windows: sequences of held-out text in the final evaluation.
     """

@@ -49,9 +49,7 @@ class Seq2SeqNet(nn.Module):
         self.alignment_weight = alignment_weight
         config: Any = model.config
         self.scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
-        # One graph each for all layers, exits and lengths: weights are inputs of the graph.
-        self._encoder_layer = _compiled(_encoder_layer) if compile_parts else _encoder_layer
-        self._decoder_layer = _compiled(_decoder_layer) if compile_parts else _decoder_layer
+        # One graph each for all exits and lengths: weights are inputs of the graph. Layers gain nothing from it.
         self._final_loss = _compiled(final_loss) if compile_parts else final_loss
         self._exit_loss = _compiled(exit_loss) if compile_parts else exit_loss
 
@@ -103,7 +101,7 @@ class Seq2SeqNet(nn.Module):
         stops = self._stops(hidden)
         output = hidden
         for index, layer in enumerate(encoder.block):
-            hidden = self._encoder_layer(layer, hidden, bias)
+            hidden = _encoder_layer(layer, hidden, bias)
             if index + 1 == exit_layer:
                 return cast(Tensor, encoder.final_layer_norm(hidden))
             if stops is not None and index + 1 in self.encoder_exits:
@@ -132,7 +130,7 @@ class Seq2SeqNet(nn.Module):
         states = []
         for index, layer in enumerate(model.decoder.block):
             kept = self._kept(index, hidden)
-            hidden, crossing = self._decoder_layer(layer, hidden, bias, source, padding, kept)
+            hidden, crossing = _decoder_layer(layer, hidden, bias, source, padding, kept)
             if crossings is not None:
                 crossings.append(crossing)
             if index + 1 in exits:

@@ -84,6 +84,13 @@ def test_batches_hold_the_tokens_they_may_and_hardly_any_padding(tokenizer: PreT
     assert sum(sizes) < 1.05 * data.tokens
 
 
+def test_sources_of_about_one_length_meet(tokenizer: PreTrainedTokenizerFast) -> None:
+    data = PairBatches(SENTENCES * 20, tokenizer, Noise(clean=0.2), longest=64, tokens_per_batch=512, seed=3)
+    masks = [data[index]["attention_mask"] for index in range(len(data))]
+    padded = sum(mask.numel() for mask in masks) / sum(int(mask.sum()) for mask in masks)
+    assert padded < 1.2  # 1.59 where the targets' lengths alone decide
+
+
 def test_epochs_differ_in_company_and_errors_and_come_back_the_same(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
