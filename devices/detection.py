@@ -53,7 +53,7 @@ def detect(profile: DeviceProfile, format: str) -> Availability:
     if profile.systems and system not in profile.systems:
         return Availability(False, f"a device of {' or '.join(profile.systems)}; this is {system}")
     support = profile.formats[format]
-    return _detect_llamacpp(support) if support.engine == "llamacpp" else _detect_executorch(support)
+    return _DETECTORS[support.engine](support)
 
 
 def _detect_llamacpp(support: FormatSupport) -> Availability:
@@ -81,6 +81,22 @@ def _detect_executorch(support: FormatSupport) -> Availability:
     except importlib.metadata.PackageNotFoundError:
         return Availability(False, 'executorch is not installed: `pip install "skipstone[executorch]"`')
     return Availability(True, f"executorch {version}, {support.backend}")
+
+
+def _detect_onnxruntime(support: FormatSupport) -> Availability:
+    """Whether the package and the target's provider are there, by their names alone: opening a bundle loads them."""
+    try:
+        version = importlib.metadata.version("onnxruntime")
+    except importlib.metadata.PackageNotFoundError:
+        return Availability(False, 'onnxruntime is not installed: `pip install "skipstone[onnx]"`')
+    return Availability(True, f"onnxruntime {version}, {support.backend}")
+
+
+_DETECTORS = {
+    "llamacpp": _detect_llamacpp,
+    "executorch": _detect_executorch,
+    "onnxruntime": _detect_onnxruntime,
+}
 
 
 def list_accelerators() -> list[Accelerator]:

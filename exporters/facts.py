@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -67,6 +68,34 @@ def checkpoint_facts(
         chat_template=chat_template_of(checkpoint),
         encoder=encoder,
     )
+
+
+def planned_context(config: Any, wanted: int | None, default: int, least: int) -> int:
+    """Positions to plan a decoder's K/V for: within what it was trained for, and a sliding window that sees all of them.
+
+    Args:
+        config: transformers' configuration.
+        wanted: what the user asked for; None: `default`, or what the model takes if that is less.
+        default: see there.
+        least: positions at least, those of the widest batch.
+
+    Raises:
+        UsageError: the model does not take so many, or they are too few.
+    """
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    limit = int(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    return check_context(min(limit, default) if wanted is None else wanted, least, limit)
+
+
+def check_context(context: int, least: int, limit: int) -> int:
+    """The number of positions, if it lies within the bounds.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if not least <= context <= limit:
+        raise UsageError(f"--context-length {context}: this model takes {least} to {limit}")
+    return context
 
 
 def encoder_facts(

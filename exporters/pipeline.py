@@ -118,7 +118,7 @@ def export_checkpoint(
         threads=num_cores(),
         context_length=context_length,
         max_source_length=max_source_length,
-        target=support.backend if support.engine == "executorch" else None,
+        target=support.backend if support.engine != "llamacpp" else None,
     )
     text = None if held_out is None else Path(held_out)
     if text is not None:

@@ -26,7 +26,7 @@ class FormatSupport(BaseModel):
     Attributes:
         engine: what runs them (`skipstone.runtimes.engines`).
         backend: the engine's own name for the device: as llama.cpp's registry gives it, or the target that an
-            ExecuTorch program is lowered to.
+            ExecuTorch program is lowered to or ONNX graphs are made for.
         quantizations: schemes the device computes with; the first one where the user names none.
         gpu_layers: llama.cpp: layers to place on it; 0 keeps them on the CPU, -1 is all.
         status: `runs` (measured on the real device), `emulated`, `compiled` (builds, was not run) or
@@ -36,7 +36,7 @@ class FormatSupport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    engine: Literal["llamacpp", "executorch"]
+    engine: Literal["llamacpp", "executorch", "onnxruntime"]
     backend: str
     quantizations: tuple[str, ...] = Field(min_length=1)
     gpu_layers: int = Field(default=0, ge=-1)

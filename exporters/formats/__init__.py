@@ -134,9 +134,10 @@ class Exporter(Protocol):
 FORMATS = {
     "gguf": "skipstone.exporters.formats.gguf.exporter:export_gguf",
     "executorch": "skipstone.exporters.formats.executorch.exporter:export_executorch",
+    "onnx": "skipstone.exporters.formats.onnx.exporter:export_onnx",
 }
 
-_EXTRAS = {"gguf": "llamacpp", "executorch": "executorch"}
+_EXTRAS = {"gguf": "llamacpp", "executorch": "executorch", "onnx": "onnx"}
 
 
 def exporter_of(name: str) -> Exporter:

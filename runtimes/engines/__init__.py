@@ -37,7 +37,17 @@ def _executorch(bundle: Bundle, options: EngineOptions) -> Engine:
     return ExecuTorchEngine(bundle, options)
 
 
-ENGINES: dict[str, Callable[[Bundle, EngineOptions], Engine]] = {"gguf": _llamacpp, "executorch": _executorch}
+def _onnxruntime(bundle: Bundle, options: EngineOptions) -> Engine:
+    from skipstone.runtimes.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(bundle, options)
+
+
+ENGINES: dict[str, Callable[[Bundle, EngineOptions], Engine]] = {
+    "gguf": _llamacpp,
+    "executorch": _executorch,
+    "onnx": _onnxruntime,
+}
 
 
 def open_engine(bundle: Bundle, options: EngineOptions | None = None) -> Engine:

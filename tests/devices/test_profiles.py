@@ -10,7 +10,9 @@ from skipstone.errors import DeviceError, UsageError
 from skipstone.exporters.formats import FORMATS
 from skipstone.exporters.formats.executorch.targets import TARGETS
 from skipstone.exporters.formats.gguf.schemes import SCHEMES
+from skipstone.exporters.formats.onnx import targets as onnx_targets
 from skipstone.runtimes.engines import ENGINES
+from skipstone.runtimes.engines.onnxruntime.targets import TARGETS as SESSIONS
 
 GOOD = """
 name = "toaster"
@@ -34,14 +36,21 @@ def test_every_file_of_the_folder_is_a_profile_of_its_name() -> None:
     assert all(load_profile(name).name == name for name in files)
 
 
+_ENGINES = {"gguf": "llamacpp", "executorch": "executorch", "onnx": "onnxruntime"}
+_SCHEMES_OF = {
+    "llamacpp": lambda _backend: SCHEMES,
+    "executorch": lambda target: TARGETS[target].schemes,
+    "onnxruntime": lambda target: onnx_targets.TARGETS[target].schemes,
+}
+
+
 @pytest.mark.parametrize("name", profile_names())
 def test_a_profile_names_only_what_exists(name: str) -> None:
     for format, support in load_profile(name).formats.items():
         assert format in FORMATS
         assert format in ENGINES
-        assert support.engine == {"gguf": "llamacpp", "executorch": "executorch"}[format]
-        known = SCHEMES if support.engine == "llamacpp" else TARGETS[support.backend].schemes
-        assert set(support.quantizations) <= set(known)
+        assert support.engine == _ENGINES[format]
+        assert set(support.quantizations) <= set(_SCHEMES_OF[support.engine](support.backend))
         assert support.default_quantize == support.quantizations[0]
 
 
@@ -60,6 +69,12 @@ def test_every_target_of_executorch_has_a_device() -> None:
     assert {support.backend for support in formats} == set(TARGETS)
 
 
+def test_every_target_of_onnx_has_a_device_and_a_session() -> None:
+    profiles = map(load_profile, profile_names())
+    formats = [profile.formats["onnx"] for profile in profiles if "onnx" in profile.formats]
+    assert {support.backend for support in formats} == set(onnx_targets.TARGETS) == set(SESSIONS)
+
+
 def test_a_device_takes_its_first_format_where_none_is_named() -> None:
     assert load_profile("cpu").choose_format(None) == "gguf"
     assert load_profile("cpu").choose_format("executorch") == "executorch"
@@ -69,8 +84,8 @@ def test_a_device_takes_its_first_format_where_none_is_named() -> None:
 def test_a_format_that_a_device_lacks_is_refused_with_those_it_has() -> None:
     with pytest.raises(UsageError, match=r"--format gguf: --device android-vulkan takes executorch"):
         load_profile("android-vulkan").choose_format("gguf")
-    with pytest.raises(UsageError, match=r"--format onnx: --device cpu takes gguf, executorch"):
-        load_profile("cpu").choose_format("onnx")
+    with pytest.raises(UsageError, match=r"--format tflite: --device cpu takes gguf, executorch, onnx"):
+        load_profile("cpu").choose_format("tflite")
 
 
 @pytest.mark.parametrize("name", ["toaster", "", "../cpu", "cpu.toml", "CPU"])

@@ -33,12 +33,14 @@ from skipstone.exporters.encoder_decoder import Cuts, Limits
 from skipstone.exporters.exits import check_exits, default_exits, recorded_exits
 from skipstone.exporters.facts import (
     TOKENIZER_FILE,
+    check_context,
     check_disk_space,
     checkpoint_facts,
     encoder_facts,
     hash_checkpoint,
     load_tokenizer,
     num_weights,
+    planned_context,
 )
 from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse_options
 from skipstone.exporters.formats.executorch.calibration_text import CalibrationText, read_calibration
@@ -260,28 +262,20 @@ def _oracle(request: _Request, scratch: Path) -> Oracle:
 
 
 def _context_length(config: Any, wanted: int | None, encoder: EncoderFacts | None) -> int:
-    """Positions to plan K/V for: within what the model was trained for, and a sliding window that sees all of them.
+    """Positions to plan K/V for.
 
     Raises:
         UsageError: the model does not take so many, or they are fewer than the widest batch; or longer sources than a
             program is planned for.
     """
     if encoder is None:
-        window = (
-            getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        return planned_context(config, wanted, _DEFAULT_CONTEXT, MAX_WIDTH)
+    if encoder.max_source_length > _LONGEST:
+        raise UsageError(
+            f"--max-source-length {encoder.max_source_length}: a program takes at most {_LONGEST}",
+            hint="an encoder's memory grows with the square of it; split longer texts",
         )
-        limit = int(min(config.max_position_embeddings, window or config.max_position_embeddings))
-    else:
-        limit = _LONGEST
-        if encoder.max_source_length > limit:
-            raise UsageError(
-                f"--max-source-length {encoder.max_source_length}: a program takes at most {limit}",
-                hint="an encoder's memory grows with the square of it; split longer texts",
-            )
-    context = min(limit, _DEFAULT_CONTEXT) if wanted is None else wanted
-    if not MAX_WIDTH <= context <= limit:
-        raise UsageError(f"--context-length {context}: this model takes {MAX_WIDTH} to {limit}")
-    return context
+    return check_context(_DEFAULT_CONTEXT if wanted is None else wanted, MAX_WIDTH, _LONGEST)
 
 
 def _refuse_gguf_options(source: str, options: ExportOptions) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.errors import ContextFullError
 from skipstone.runtimes.engines.executorch.program import Program
+from skipstone.runtimes.engines.slots import check_room, is_chain, moves_of
 from skipstone.runtimes.rows import RowTree
 
 FloatArray = NDArray[np.float32]
@@ -72,11 +72,7 @@ class ExecuTorchCache:
         self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]
     ) -> FloatArray:
         tree, count = self._tree, len(rows)
-        if tree.base + len(tree) > self.context_length:
-            raise ContextFullError(
-                f"{tree.base + len(tree)} positions: the session holds {self.context_length}",
-                hint="export with a longer --context-length or generate fewer tokens",
-            )
+        check_room(tree, self.context_length)
         batch, base = self._batch(hidden), tree.base
         width = batch.width
         batch.slots[0, :count] = [base + row for row in rows]
@@ -92,11 +88,8 @@ class ExecuTorchCache:
         return self._head("draft_head", hidden)
 
     def commit(self, path: Sequence[int]) -> None:
-        tree, base = self._tree, self._tree.base
-        run = [row for row in path if tree.progress[row] > 0]  # the others have nothing to move
-        moves = [(base + row, tree.position(row)) for row in run if tree.depths[row] != row]
-        if moves:
-            sources, targets = zip(*moves, strict=True)
+        sources, targets = moves_of(self._tree, path)
+        if sources:
             self._program.compact(sources, targets)
 
     def rewind(self, length: int) -> None:
@@ -165,11 +158,3 @@ class Batch:
     def arrays(self) -> tuple[NDArray[Any], ...]:
         """All of them."""
         return self.hidden, self.positions, self.slots, self.start, self.tree, self.unread
-
-
-def is_chain(tree: RowTree, rows: Sequence[int]) -> bool:
-    """Whether the rows follow each other, and the first one everything before it."""
-    first, depths, parents = rows[0], tree.depths, tree.parents
-    return depths[first] == first and all(
-        row == first + index and parents[row] == row - 1 for index, row in enumerate(rows)
-    )

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from skipstone.bundle import EncoderFacts
 from skipstone.errors import EngineError
 from skipstone.runtimes.engines.base import Settled
-from skipstone.runtimes.engines.executorch.cache import Batch, CacheLimits, ExecuTorchCache, is_chain
+from skipstone.runtimes.engines.executorch.cache import Batch, CacheLimits, ExecuTorchCache
 from skipstone.runtimes.engines.executorch.program import Program
+from skipstone.runtimes.engines.slots import is_chain
 from skipstone.runtimes.rows import RowTree
 
 IntArray = NDArray[np.int64]

@@ -1,0 +1,138 @@
+"""Targets: what ONNX graphs are made for. A new one is one line in `TARGETS`, and its sessions are one function in
+`skipstone.runtimes.engines.onnxruntime.targets`.
+
+A target that takes any shape gets one graph of a part; one that wants fixed shapes gets a graph for each of its widths,
+from a writer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+from tokenizers import Tokenizer
+
+from skipstone.bundle import GraphEntry, ModelFacts
+from skipstone.errors import UsageError
+from skipstone.exporters.formats import ExportOptions, Oracle
+from skipstone.exporters.formats.onnx.files import write_graph
+from skipstone.exporters.formats.onnx.modules import MASKED
+from skipstone.exporters.formats.onnx.schemes import quantize, scheme_of
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a writer is given beside the graphs.
+
+    Attributes:
+        folder: where the bundle's files go.
+        scratch: folder for intermediate files.
+        options: the user's.
+        target: what for.
+        scheme: of quantisation, one of the target's.
+        facts: of the model.
+        exits: inner exits.
+        checkpoint: folder of the source.
+        tokenizer: its tokenizer.
+        slots: positions of K/V.
+        table: file of the embeddings, float32 or float16 rows of `facts.hidden_size`.
+        step: told of every step by name.
+    """
+
+    folder: Path
+    scratch: Path
+    options: ExportOptions
+    target: Target
+    scheme: str
+    facts: ModelFacts
+    exits: tuple[int, ...]
+    checkpoint: Path
+    tokenizer: Tokenizer
+    slots: int
+    table: Path
+    step: Step
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer wrote into the folder.
+
+    Attributes:
+        graphs: of every part and width.
+        status: whether they run here, and so can be tested.
+        files: names of what it wrote beside the graphs and their weights.
+        oracle: what the self-test compares with; None: the model with the weights in the graphs.
+    """
+
+    graphs: tuple[GraphEntry, ...]
+    status: Literal["runs", "emulated", "compiled"] = "runs"
+    files: tuple[str, ...] = ()
+    oracle: Oracle | None = None
+
+
+Writer = Callable[[Iterator[tuple[str, ir.Model]], Task], Written]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target.
+
+    Attributes:
+        name: what device profiles call it.
+        schemes: names of the quantisation schemes it computes with.
+        write: from name and graph of every part, its rows and slots symbols, to files.
+        widths: numbers of rows that it gets graphs for; empty: any up to `max_width`.
+        max_width: rows of a batch at most.
+        context: positions of K/V where the user names none.
+        masked: what is added to scores out of sight.
+        calibrates: whether a text may be given that fixes the scales of activations.
+    """
+
+    name: str
+    schemes: tuple[str, ...]
+    write: Writer
+    widths: tuple[int, ...]
+    max_width: int
+    context: int
+    masked: float
+    calibrates: bool = False
+
+
+def target_of(name: str, scheme: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        UsageError: no such target, or one that cannot compute with the scheme; lists what can.
+    """
+    target = TARGETS.get(name)
+    if target is None:
+        raise UsageError(f"target {name}: expected one of {', '.join(TARGETS)}")
+    if scheme not in target.schemes:
+        raise UsageError(
+            f"--quantize {scheme}: the target {name} takes {', '.join(target.schemes)}",
+            hint="choose one of these, or another --device",
+        )
+    return target
+
+
+def write_any_width(graphs: Iterator[tuple[str, ir.Model]], task: Task) -> Written:
+    """One graph of a part, weights quantised."""
+    scheme, entries = scheme_of(task.scheme), []
+    task.step("trace")
+    for part, graph in graphs:
+        quantize(graph, scheme)
+        entries.append(write_graph(graph, part, None, task.folder))
+    return Written(tuple(entries))
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("cpu", ("none", "8da4w", "8da8w", "4w"), write_any_width, (), 64, 2048, MASKED),
+    )
+}

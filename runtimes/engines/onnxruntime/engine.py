@@ -1,0 +1,82 @@
+"""Weights of an ONNX bundle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from skipstone.bundle import GRAPH_INTERFACE, Bundle, onnx_manifest
+from skipstone.errors import BundleError, UsageError
+from skipstone.runtimes.cores import num_cores
+from skipstone.runtimes.engines.onnxruntime.cache import CacheLimits, OnnxRuntimeCache
+from skipstone.runtimes.engines.onnxruntime.parts import layers_of, open_parts
+from skipstone.runtimes.engines.onnxruntime.store import KeyValueStore
+from skipstone.runtimes.engines.onnxruntime.table import Table
+from skipstone.runtimes.engines.vocabulary import read_vocabulary
+from skipstone.runtimes.rows import RowTree
+
+if TYPE_CHECKING:
+    from skipstone.runtimes.engines import EngineOptions
+
+
+class OnnxRuntimeEngine:
+    """See `skipstone.runtimes.engines.base.Engine`.
+
+    Every graph is opened once; caches of one engine share them, and each holds the K and V of its sequence.
+
+    Args:
+        bundle: opened and checked.
+        options: the user's.
+
+    Raises:
+        EngineError: ONNX Runtime is missing or refuses a file.
+        BundleError: the artefacts do not fit the manifest.
+        DeviceError: the graphs were made for a device that is not here.
+        UsageError: an option this engine does not have.
+    """
+
+    kv_type = "f32"
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        manifest = onnx_manifest(bundle)
+        self._manifest, self._entry = manifest, manifest.graphs
+        if self._entry.interface != GRAPH_INTERFACE:
+            raise BundleError(
+                f"{bundle.path}: its graphs follow interface {self._entry.interface}, this release calls interface "
+                f"{GRAPH_INTERFACE}",
+                hint="export the bundle again",
+            )
+        if options.gpu_layers:
+            raise UsageError(
+                f"--gpu-layers {options.gpu_layers}: graphs run where they were exported to ({self._entry.target})",
+                hint="leave it out",
+            )
+        if options.kv_type not in (None, "f32"):
+            raise UsageError(
+                f"--kv-type {options.kv_type}: this format keeps K and V in f32", hint="leave it out"
+            )
+        self.threads = num_cores() if options.threads is None else options.threads
+        if not 1 <= self.threads <= 512:
+            raise UsageError(f"--threads {self.threads}: expected 1 to 512")
+        self.exits = (*manifest.exits, manifest.model.num_layers)
+        self.encoder = None
+        self.hidden_size, self.vocab_size = manifest.model.hidden_size, manifest.model.vocab_size
+        self.max_context_length = min(manifest.model.context_length, self._entry.slots)
+        name = self._entry.draft_vocabulary
+        self.draft_vocabulary = None if name is None else read_vocabulary(bundle.file(name), self.vocab_size)
+        self._table = Table(bundle.file(self._entry.embedding.file), self._entry.embedding)
+        names = sorted({graph.part for graph in self._entry.graphs})
+        rows = 0 if self.draft_vocabulary is None else len(self.draft_vocabulary)
+        self._parts = open_parts(bundle, manifest, names, rows, self.threads)
+
+    def open_cache(self, context_length: int, tree: RowTree) -> OnnxRuntimeCache:
+        entry, last = self._entry, len(self.exits) - 1
+        layers = {segment: layers_of(self._manifest, segment) for segment in range(last + 1)}
+        store = KeyValueStore(
+            layers, entry.key_value_heads, entry.head_size, entry.slots, fixed=bool(entry.widths)
+        )
+        limits = CacheLimits(context_length, entry.max_width, entry.masked)
+        return OnnxRuntimeCache(self._parts, self._table, store, tree, last, limits)
+
+    def close(self) -> None:
+        for part in self._parts.values():
+            part.close()

@@ -1,0 +1,24 @@
+"""ONNX Runtime, imported when a bundle is opened."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from skipstone.errors import EngineError
+
+
+def runtime() -> Any:
+    """The module `onnxruntime`.
+
+    Raises:
+        EngineError: it is not installed, or does not load.
+    """
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
+        reason = "is not installed" if missing else f"cannot be loaded: {error}"
+        raise EngineError(
+            f"onnxruntime {reason}", hint='install it with `pip install "skipstone[onnx]"`'
+        ) from error

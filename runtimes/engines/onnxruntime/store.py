@@ -1,0 +1,77 @@
+"""K and V of one sequence, in arrays of the host's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+_STEP = 64
+
+
+class KeyValueStore:
+    """Two arrays [1, heads, slots, size] for every layer, by the names that the graphs give them.
+
+    Args:
+        layers: numbers of the layers, by segment.
+        heads: key-value heads.
+        size: channels of one.
+        slots: that may be used.
+        fixed: whether all are always there; else they come in steps, as rows are written, so that what a call costs
+            follows the context.
+    """
+
+    def __init__(
+        self, layers: Mapping[int, Sequence[int]], heads: int, size: int, slots: int, *, fixed: bool
+    ) -> None:
+        self._slots, self.capacity = slots, slots if fixed else min(_STEP, slots)
+        shape = (1, heads, self.capacity, size)
+        self.arrays = {
+            segment: {
+                f"past_key_values.{layer}.{kind}": np.zeros(shape, np.float32)
+                for layer in found
+                for kind in ("key", "value")
+            }
+            for segment, found in layers.items()
+        }
+
+    def write(self, segment: int, slots: Sequence[int], present: Sequence[FloatArray]) -> None:
+        """Keep rows' K and V.
+
+        Args:
+            segment: whose layers.
+            slots: of the rows.
+            present: in the order of the arrays, [1, heads, n or more, size]; what comes after n rows is left out.
+        """
+        self._make_room(max(slots) + 1)
+        count, first, last = len(slots), slots[0], slots[-1]
+        if last - first + 1 == count and list(slots) == list(range(first, last + 1)):
+            where: slice | list[int] = slice(first, last + 1)
+        else:
+            where = list(slots)
+        for kept, new in zip(self.arrays[segment].values(), present, strict=True):
+            kept[0, :, where] = (
+                new[0, :, :count] if isinstance(where, slice) else new[0, :, :count].swapaxes(0, 1)
+            )
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy slots to other slots in every layer; all are read before one is written."""
+        if not sources:
+            return
+        self._make_room(max(*sources, *targets) + 1)
+        read, written = list(sources), list(targets)
+        for arrays in self.arrays.values():
+            for kept in arrays.values():
+                kept[0, :, written] = kept[0, :, read]
+
+    def _make_room(self, needed: int) -> None:
+        if needed <= self.capacity:
+            return
+        before, self.capacity = self.capacity, min(-(-needed // _STEP) * _STEP, self._slots)
+        for arrays in self.arrays.values():
+            for name, kept in arrays.items():
+                grown = np.zeros((1, kept.shape[1], self.capacity, kept.shape[3]), np.float32)
+                grown[:, :, :before] = kept
+                arrays[name] = grown
