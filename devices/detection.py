@@ -7,15 +7,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 from skipstone.devices.profiles import DeviceProfile, FormatSupport
 from skipstone.errors import EngineError
 from skipstone.runtimes.engines.llamacpp.library import library
+from skipstone.runtimes.engines.llamacpp.registry import registered_devices
 
 # Registry names differ between llama.cpp's versions for this one.
 _ALIASES = {"MTL": ("MTL", "Metal")}
@@ -36,10 +35,21 @@ class Availability:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device that llama.cpp lists: its backend's name and its own description."""
+    """A device that llama.cpp lists.
+
+    Attributes:
+        backend: its backend's name.
+        description: its own.
+        free_bytes: of a GPU's memory; None of anything else.
+    """
 
     backend: str
     description: str
+    free_bytes: int | None = None
+
+    def __str__(self) -> str:
+        free = "" if not self.free_bytes else f", {self.free_bytes / 1e9:.1f} GB free"
+        return f"{self.description}{free}"
 
 
 def detect(profile: DeviceProfile, format: str) -> Availability:
@@ -65,7 +75,7 @@ def _detect_llamacpp(support: FormatSupport) -> Availability:
     if support.gpu_layers != 0 and not llama.llama_supports_gpu_offload():
         return Availability(False, "this build of llama-cpp-python has no GPU backend")
     wanted = _ALIASES.get(support.backend, (support.backend,))
-    descriptions = [device.description for device in found if device.backend in wanted]
+    descriptions = [str(device) for device in found if device.backend in wanted]
     if not descriptions:
         backends = ", ".join(sorted({device.backend for device in found})) or "none"
         return Availability(False, f"llama.cpp finds no {support.backend} device here (backends: {backends})")
@@ -105,31 +115,7 @@ def list_accelerators() -> list[Accelerator]:
     Raises:
         EngineError: llama.cpp is missing or its libraries do not load.
     """
-    lib = library()
-    base, registry = lib.ggml_base, _registry()
-    registry.ggml_backend_dev_count.restype = ctypes.c_size_t
-    registry.ggml_backend_dev_get.restype = ctypes.c_void_p
-    registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-    base.ggml_backend_dev_backend_reg.restype = ctypes.c_void_p
-    base.ggml_backend_dev_backend_reg.argtypes = [ctypes.c_void_p]
-    for name in ("ggml_backend_reg_name", "ggml_backend_dev_description"):
-        getattr(base, name).restype, getattr(base, name).argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    found = []
-    for index in range(registry.ggml_backend_dev_count()):
-        device = registry.ggml_backend_dev_get(index)
-        backend = base.ggml_backend_reg_name(base.ggml_backend_dev_backend_reg(device))
-        description = base.ggml_backend_dev_description(device)
-        found.append(Accelerator(backend.decode(), description.decode(errors="replace")))
-    return found
-
-
-def _registry() -> ctypes.CDLL:
-    """The library that holds ggml's device registry; it lies beside ggml-base."""
-    base = Path(str(library().ggml_base._name))
-    path = base.with_name(base.name.replace("ggml-base", "ggml"))
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise EngineError(
-            f"{path}: cannot be loaded: {error}", hint="install llama-cpp-python again"
-        ) from error
+    return [
+        Accelerator(device.backend, device.description, device.free_bytes if device.is_gpu else None)
+        for device in registered_devices()
+    ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from skipstone.bundle import Bundle
 from skipstone.errors import EngineError
-from skipstone.runtimes.engines.base import Engine
+from skipstone.runtimes.engines.base import Engine, Share
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,15 @@ class EngineOptions:
     Attributes:
         threads: CPU threads; None: one per core this process may use.
         kv_type: `f16` or `f32`; None: f32 for f32 bundles, f16 otherwise.
-        gpu_layers: layers to place on a GPU; refused where the build has no GPU backend.
+        gpu_layers: layers to place on a GPU, from the last one on, the LM head being one of them; -1: all. Refused
+            where llama.cpp finds no GPU, or not enough memory on it.
+        share: the part of the model to run; None: all of it.
     """
 
     threads: int | None = None
     kv_type: str | None = None
     gpu_layers: int = 0
+    share: Share | None = None
 
 
 def _llamacpp(bundle: Bundle, options: EngineOptions) -> Engine:

@@ -9,6 +9,7 @@ the context, forget everything past a length. A new engine is one module with th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -21,8 +22,28 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
 
 
+@dataclass(frozen=True)
+class Share:
+    """What of a model an engine is asked to run; the rest runs on others (`skipstone.runtimes.engines.placed`).
+
+    An engine may load more than its share, but is never asked for it. Of an encoder-decoder, the encoder is every
+    engine's own.
+
+    Attributes:
+        segments: their indices.
+        draft_head: whether it gives the draft logits.
+    """
+
+    segments: frozenset[int]
+    draft_head: bool
+
+
 class Cache(Protocol):
-    """K/V of one sequence, and the computation on it. Not for several threads at once."""
+    """K/V of one sequence, and the computation on it. Not for several threads at once.
+
+    The rows of the tree may have run through other segments elsewhere: a cache is told of every commit and rewind, and
+    holds of it what it ran itself.
+    """
 
     @property
     def context_length(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -22,13 +22,13 @@ FloatArray = NDArray[np.float32]
 
 class LlamaCppCache:
     """See `skipstone.runtimes.engines.base.Cache`, and `SourceCache` where there is an encoder; all lanes are then
-    `CrossLane`s.
+    `CrossLane`s. There is a lane for every segment that this cache is asked to run.
     """
 
     def __init__(
         self,
         table: EmbeddingTable,
-        lanes: Sequence[Lane],
+        lanes: Mapping[int, Lane],
         draft_head: Lane | None,
         tree: RowTree,
         context_length: int,
@@ -37,17 +37,17 @@ class LlamaCppCache:
         encoder: SourceEncoder | None = None,
     ) -> None:
         self.context_length, self.max_width, self.max_branches = context_length, max_width, max_branches
-        self._table, self._lanes, self._draft_head, self._tree = table, list(lanes), draft_head, tree
+        self._table, self._lanes, self._draft_head, self._tree = table, dict(lanes), draft_head, tree
         self._encoder = encoder
         self._branches = Branches(tree, max_branches)
-        self._forked: list[set[int]] = [{CONTEXT} for _ in self._lanes]
-        self._reach = [0] * len(self._lanes)  # positions in use per lane, rejected drafts included
+        self._forked: dict[int, set[int]] = {segment: {CONTEXT} for segment in self._lanes}
+        self._reach = dict.fromkeys(self._lanes, 0)  # positions in use per lane, rejected drafts included
 
     def encode(self, source: Sequence[int], settled: Settled | None = None) -> int:
         if self._encoder is None:
             raise EngineError("this model is a decoder alone: it takes no source")
         found = self._encoder.encode(self._table.rows(source), settled)
-        for lane in self._lanes:
+        for lane in self._lanes.values():
             cast("CrossLane", lane).take_in(found.hidden, found.normed)
         return found.layers
 
@@ -87,19 +87,19 @@ class LlamaCppCache:
 
     def commit(self, path: Sequence[int]) -> None:
         self._branches.enter_all(path)
-        for segment, lane in enumerate(self._lanes):
+        for segment, lane in self._lanes.items():
             self._commit_lane(segment, lane, path)
         self._branches.forget()
 
     def rewind(self, length: int) -> None:
-        for segment, lane in enumerate(self._lanes):
+        for segment, lane in self._lanes.items():
             if self._reach[segment] > length:
                 lane.cut_sequence(CONTEXT, length)
                 self._reach[segment] = length
         self._branches.forget()
 
     def close(self) -> None:
-        for lane in self._lanes:
+        for lane in self._lanes.values():
             lane.close()
         if self._draft_head is not None:
             self._draft_head.close()

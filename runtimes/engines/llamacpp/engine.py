@@ -9,14 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.bundle import Bundle, gguf_manifest
-from skipstone.errors import BundleError, EngineError, UsageError
+from skipstone.errors import BundleError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.llamacpp.cache import LlamaCppCache
 from skipstone.runtimes.engines.llamacpp.cross import CrossLane
 from skipstone.runtimes.engines.llamacpp.embedding import EmbeddingTable
 from skipstone.runtimes.engines.llamacpp.encoder import SourceEncoder
 from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part
-from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, library
+from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES
+from skipstone.runtimes.engines.llamacpp.load_plan import PlannedPart, load_plan
+from skipstone.runtimes.engines.llamacpp.memory import check_room, check_room_for_cells
 from skipstone.runtimes.engines.llamacpp.threads import choose_encoder_threads, choose_threads
 from skipstone.runtimes.engines.llamacpp.trust import repacking_is_safe
 from skipstone.runtimes.rows import RowTree
@@ -34,20 +36,16 @@ class LlamaCppEngine:
     segment, the embedding table is mapped out of that same file, and the draft head holds its own few rows.
 
     Raises:
-        EngineError: llama.cpp is missing, refuses a file, or has no GPU backend although GPU layers were asked for.
+        EngineError: llama.cpp is missing, refuses a file, or finds no GPU although GPU layers were asked for; or
+            the weights need more memory than there is, on the machine or on the GPU.
         BundleError: the artefacts do not fit the manifest.
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         manifest = gguf_manifest(bundle)
         self._lane_options = _lane_options(bundle, options)
-        self._parts: list[Part] = []
+        self._parts: dict[int, Part] = {}
         self._head: Part | None = None
-        if options.gpu_layers and not library().llama.llama_supports_gpu_offload():
-            raise EngineError(
-                f"{options.gpu_layers} GPU layers: this build of llama-cpp-python has no GPU backend",
-                hint="build it with CUDA, Vulkan or Metal, or leave --gpu-layers out",
-            )
         self.exits = (*manifest.exits, manifest.model.num_layers)
         self.encoder = manifest.model.encoder
         self.hidden_size, self.vocab_size = manifest.model.hidden_size, manifest.model.vocab_size
@@ -56,8 +54,10 @@ class LlamaCppEngine:
         self._outputs = [segment.output for segment in manifest.segments]
         self._encoder_parts: list[Part] = []
         self._table = EmbeddingTable(bundle.file(manifest.embedding.file), manifest.embedding)
+        self._plan = load_plan(bundle, options)
+        check_room(bundle, self._plan)
         try:
-            self._load(bundle, options)
+            self._load(bundle)
             if options.threads is None and not options.gpu_layers:
                 self._choose_threads()
         except Exception:
@@ -76,10 +76,11 @@ class LlamaCppEngine:
 
     def open_cache(self, context_length: int, tree: RowTree) -> LlamaCppCache:
         options, lane_class = self._lane_options, self._lane_class
-        lanes = [
-            lane_class(part, out, context_length, options)
-            for part, out in zip(self._parts, self._outputs, strict=True)
-        ]
+        check_room_for_cells(self._parts.values(), context_length, options)
+        lanes = {
+            segment: lane_class(part, self._outputs[segment], context_length, options)
+            for segment, part in self._parts.items()
+        }
         head = None
         if self._head is not None:
             head = Lane(self._head, "logits", options.max_width, options)
@@ -98,32 +99,32 @@ class LlamaCppEngine:
         return Lane if self.encoder is None else CrossLane
 
     def close(self) -> None:
-        for part in (*self._encoder_parts, *self._parts, self._head):
+        for part in (*self._encoder_parts, *self._parts.values(), self._head):
             if part is not None:
                 part.close()
 
-    def _load(self, bundle: Bundle, options: EngineOptions) -> None:
-        manifest = gguf_manifest(bundle)
-        for source_entry in manifest.encoder_segments:
-            part = Part(bundle.file(source_entry.file), self._lane_options, gpu_layers=options.gpu_layers)
+    def _load(self, bundle: Bundle) -> None:
+        manifest, planned = gguf_manifest(bundle), self._plan
+        for source_entry, planned_part in zip(manifest.encoder_segments, planned.encoder, strict=True):
+            part = self._open(planned_part)
             self._encoder_parts.append(part)
             self._expect(part, part.hidden_size == self.hidden_size, f"hidden size {part.hidden_size}")
             layers = source_entry.stop - source_entry.first
             self._expect(part, part.num_layers == layers, f"{part.num_layers} layers")
             self._expect(part, not part.has_decoder, "no segment of an encoder")
-        for entry in manifest.segments:
-            part = Part(bundle.file(entry.file), self._lane_options, gpu_layers=options.gpu_layers)
-            self._parts.append(part)
+        for segment, planned_part in planned.segments.items():
+            entry, part = manifest.segments[segment], self._open(planned_part)
+            self._parts[segment] = part
             self._expect(part, part.hidden_size == self.hidden_size, f"hidden size {part.hidden_size}")
             self._expect(part, part.num_layers == entry.stop - entry.first, f"{part.num_layers} layers")
             # llama.cpp aborts on an encoder's part that is to decode, and on rows that should have been given a source
             kind = (part.has_encoder, part.has_decoder)
             self._expect(part, kind == (self.encoder is not None, True), "no segment of such a decoder")
-        last = self._parts[-1]
-        self._expect(last, last.vocab_size == self.vocab_size, f"vocabulary of {last.vocab_size}")
+            if entry.output == "logits":
+                self._expect(part, part.vocab_size == self.vocab_size, f"vocabulary of {part.vocab_size}")
         draft = manifest.draft_head
-        if draft is not None:
-            self._head = Part(bundle.file(draft.file), self._lane_options, gpu_layers=options.gpu_layers)
+        if draft is not None and planned.draft_head is not None:
+            self._head = self._open(planned.draft_head)
             self.draft_vocabulary = np.fromfile(bundle.file(draft.vocabulary), "<i4").astype(np.int32)
             ids = self.draft_vocabulary
             self._expect(
@@ -132,12 +133,15 @@ class LlamaCppEngine:
             fits = len(ids) > 0 and int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size
             self._expect(self._head, fits, "draft tokens outside the vocabulary")
 
+    def _open(self, planned: PlannedPart) -> Part:
+        return Part(planned.path, self._lane_options, gpu_layers=planned.gpu_layers)
+
     def _choose_threads(self) -> None:
         """Give every segment, and the draft head, the threads that it is fastest with."""
         for part in self._encoder_parts:
             part.threads = choose_encoder_threads(part, self._lane_options)
-        for part, output in zip(self._parts, self._outputs, strict=True):
-            part.threads = choose_threads(part, output, self._lane_options, self._lane_class)
+        for segment, part in self._parts.items():
+            part.threads = choose_threads(part, self._outputs[segment], self._lane_options, self._lane_class)
         if self._head is not None:
             self._head.threads = choose_threads(self._head, "logits", self._lane_options)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from skipstone.errors import ContextFullError, EngineError
 from skipstone.runtimes.engines.llamacpp.batch import RowBatch
-from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, library
+from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, NO_DEVICES, library
 from skipstone.runtimes.engines.llamacpp.thread import undisturbed
 from skipstone.runtimes.engines.llamacpp.watch import Tap, Watch
 
@@ -57,6 +57,7 @@ class Part:
     """The weights of one GGUF file.
 
     Attributes:
+        gpu_layers: of its layers, how many from the last one on lie on a GPU, what follows the layers being one of them.
         threads: that its lanes begin with.
         has_encoder: True of any part of an encoder-decoder.
         has_decoder: False of a segment of an encoder.
@@ -68,8 +69,10 @@ class Part:
             raise EngineError(f"{path}: no such file", hint="export the bundle again")
         params = lib.llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        if gpu_layers == 0:
+            params.devices = NO_DEVICES  # else a build for GPUs puts weights where the CPU cannot repack them
         params.use_extra_bufts = options.extra_buffers
-        self.path = path
+        self.path, self.gpu_layers = path, gpu_layers
         self.threads = Threads(options.threads, options.threads)
         self.handle = lib.llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
@@ -79,6 +82,26 @@ class Part:
         self.hidden_size = int(lib.llama.llama_model_n_embd(self.handle))
         self.num_layers = int(lib.llama.llama_model_n_layer(self.handle))
         self.vocab_size = int(lib.llama.llama_vocab_n_tokens(lib.llama.llama_model_get_vocab(self.handle)))
+
+    @property
+    def values_per_position(self) -> int:
+        """Values of K and V that all its layers keep of one position."""
+        llama = library().llama
+        heads, whole = llama.llama_model_n_head(self.handle), llama.llama_model_n_head_kv(self.handle)
+        usual = self.hidden_size // max(1, heads)
+        widths = (self._fact(f"attention.{name}_length", usual) for name in ("key", "value"))
+        return self.num_layers * int(whole) * sum(widths)
+
+    def _fact(self, key: str, usual: int) -> int:
+        """A number among the file's key-value pairs."""
+        llama, text = library().llama, ctypes.create_string_buffer(64)
+
+        def read(name: str) -> str | None:
+            length = llama.llama_model_meta_val_str(self.handle, name.encode(), text, len(text))
+            return text.value.decode() if length >= 0 else None
+
+        found = read(f"{read('general.architecture')}.{key}")
+        return int(found) if found is not None and found.isdigit() else usual
 
     def close(self) -> None:
         """Free the weights. Idempotent."""
@@ -126,6 +149,7 @@ class Lane:
         params.flash_attn_type = 0
         params.type_k = params.type_v = GGML_TYPES[options.kv_type]
         params.no_perf = True
+        params.offload_kqv = params.op_offload = self.part.gpu_layers != 0
         if self._watch is not None:
             params.cb_eval = self._watch.callback
         return params

@@ -64,7 +64,7 @@ def computing_threads(folder: Path, options: EngineOptions) -> list[tuple[int, i
     llama = library().llama
     engine = LlamaCppEngine(open_bundle(folder), options)
     cache = engine.open_cache(64, RowTree())
-    lanes = [*cache._lanes, cache._draft_head]
+    lanes = [*cache._lanes.values(), cache._draft_head]
     found = [
         (llama.llama_n_threads(lane._context), llama.llama_n_threads_batch(lane._context))
         for lane in lanes
