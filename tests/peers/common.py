@@ -2,7 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,21 +14,19 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from skipstone.benchmark.lossless import first_difference
-from skipstone.benchmark.measure import Progress, Runner, Sample, Series, StrategyRunner, measure_interleaved
+from skipstone.benchmark.measure import Progress, Runner, Sample, Series, measure_interleaved
 from skipstone.benchmark.prompts import Texts, read_prompts
 from skipstone.benchmark.report import this_machine, write_json
 from skipstone.benchmark.rows import make_row, seconds_per_token
-from skipstone.benchmark.subject import Subject, new_policy
 from skipstone.bundle import open_bundle
 from skipstone.exporters.pipeline import export_checkpoint
 from skipstone.inputs import ModelInput, encode_input
-from skipstone.runtimes.engines import EngineOptions
-from skipstone.runtimes.generate import GenerationLimits
-from skipstone.runtimes.sampling import SamplingConfig
-from skipstone.runtimes.strategies import StrategyOptions
+from skipstone.runtimes.text import TextCodec
+from tests.peers.line_protocol import Request, Worker
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = ("plain", "layerskip", "prompt-lookup", "staged", "auto")
+_SETTLE_SECONDS = 0.3  # thread teams of the process before may still wait spinning
 
 
 @dataclass(frozen=True)
@@ -79,51 +79,94 @@ def export(settings: Settings, folder: Path) -> Path:
     return folder / "bundle"
 
 
+def our_worker(bundle: Path, settings: Settings) -> Worker:
+    """Our strategies on a bundle, in a process of their own."""
+    return Worker(Path(sys.executable), "tests.peers.skipstone_worker", bundle, str(settings.threads))
+
+
+def runner_of(
+    worker: Worker,
+    row: str,
+    max_new_tokens: int | Callable[[ModelInput], int],
+    *,
+    settle: float = _SETTLE_SECONDS,
+) -> Runner:
+    """A row of a worker as what the benchmark runs; it has learned nothing yet."""
+    fresh = True
+
+    def run(given: ModelInput) -> Sample:
+        nonlocal fresh
+        count = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens(given)
+        request = Request(row, tuple(given.prompt), tuple(given.source), count, fresh)
+        fresh = False
+        time.sleep(settle)
+        told = worker(request)
+        rounds = told.rounds or max(1, len(told.tokens) - 1)
+        return Sample(told.tokens, told.first_seconds, told.decode_seconds, rounds)
+
+    return run
+
+
+def inputs_of(bundle: Path, settings: Settings) -> list[ModelInput]:
+    """The texts that a bundle's model takes: prompts, or an encoder-decoder's sources."""
+    opened = open_bundle(bundle)
+    facts = opened.manifest.model
+    bos = facts.bos_token_id if facts.add_bos else None
+    codec = TextCodec(opened.file(opened.manifest.tokenizer), facts.vocab_size, bos)
+    if facts.encoder is None:
+        return [encode_input(codec, facts, text) for text in settings.texts.prompts]
+    return [encode_input(codec, facts, source=text) for text in settings.texts.sources]
+
+
+def compare_with_transformers(settings: Settings, ours: Sequence[str] = OURS) -> None:
+    """Ours and transformers' ways to generate, on the same weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = export(settings, Path(folder))
+        exit_layer = open_bundle(bundle).manifest.exits[0]
+        size = (str(settings.threads), str(exit_layer))
+        module = "tests.peers.transformers_worker"
+        with Worker(Path(sys.executable), module, settings.checkpoint, *size) as theirs:
+            rows = {f"transformers {row}": row for row in ("plain", "prompt_lookup", "assistant")}
+            compare(settings, bundle, theirs, rows, ours)
+
+
 def compare(
-    settings: Settings,
-    bundle: Path,
-    peers: dict[str, Callable[[], Runner]],
-    own_plain: dict[str, str],
-    about: dict[str, str],
-    ours: Sequence[str] = OURS,
+    settings: Settings, bundle: Path, theirs: Worker, rows: Mapping[str, str], ours: Sequence[str] = OURS
 ) -> None:
-    """Run our strategies and the peers' in turns, print a table and write the record.
+    """Run our strategies and a peer's in turns, each in its process, print a table and write the record.
 
     Args:
         settings: from the command line.
         bundle: ours.
-        peers: makes a runner, by the name of its row.
-        own_plain: for every peer's row the row of that system's plain decoding.
-        about: versions and settings worth recording.
+        theirs: the peer's process.
+        rows: its rows by the names they are shown under, its plain decoding first.
         ours: our strategies, `plain` first.
     """
-    with Subject(open_bundle(bundle), EngineOptions(threads=settings.threads)) as subject:
-        prompts, limits = inputs_of(subject, settings), limits_of(subject, settings)
+    with our_worker(bundle, settings) as own:
 
         def make_runner(name: str) -> Runner:
-            if name in peers:
-                return peers[name]()
-            policy = new_policy(name, subject, None, StrategyOptions())
-            return StrategyRunner((subject,), policy, limits, SamplingConfig())
+            worker, row = (theirs, rows[name]) if name in rows else (own, name)
+            return runner_of(worker, row, settings.max_new_tokens)
 
-        make_runner("plain")(prompts[0])
-        found = take_turns(make_runner, (*ours, *peers), prompts, settings.repeats)
-        by_name = {series.strategy: series for series in found}
-        rows = [
-            _record(series, by_name, own_plain.get(series.strategy, "plain"), subject.costs.plain)
-            for series in found
-        ]
-    _show(rows)
+        inputs = inputs_of(bundle, settings)
+        for name in (ours[0], next(iter(rows))):
+            make_runner(name)(inputs[0])
+        found = take_turns(make_runner, (*ours, *rows), inputs, settings.repeats)
+        about = {"ours": own.about, "theirs": theirs.about}
+    by_name = {series.strategy: series for series in found}
+    own_plain = dict.fromkeys(ours, ours[0]) | dict.fromkeys(rows, next(iter(rows)))
+    table = [_record(series, by_name, own_plain[series.strategy]) for series in found]
+    _show(table)
     record = {
         "command": command_line(),
         "about": about,
         "machine": asdict(this_machine()),
         "threads": settings.threads,
         "quantization": settings.quantize,
-        "prompts": len(prompts),
+        "prompts": len(inputs),
         "max_new_tokens": settings.max_new_tokens,
         "repeats": settings.repeats,
-        "rows": rows,
+        "rows": table,
     }
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(settings.output, record)
@@ -143,23 +186,9 @@ def take_turns(
         return measure_interleaved(make, names, inputs, repeats, told)
 
 
-def inputs_of(subject: Subject, settings: Settings) -> list[ModelInput]:
-    """The texts that the model takes: prompts, or an encoder-decoder's sources."""
-    codec, facts = subject.codec, subject.bundle.manifest.model
-    if facts.encoder is None:
-        return [encode_input(codec, facts, text) for text in settings.texts.prompts]
-    return [encode_input(codec, facts, source=text) for text in settings.texts.sources]
-
-
-def limits_of(subject: Subject, settings: Settings) -> GenerationLimits:
-    """Decoders run on past the end of the text, so that all generate as much; an encoder-decoder's output ends."""
-    facts = subject.bundle.manifest.model
-    return GenerationLimits(settings.max_new_tokens, () if facts.encoder is None else facts.eos_token_ids)
-
-
-def _record(series: Series, by_name: dict[str, Series], own: str, plain_cost: float) -> dict[str, object]:
-    row = make_row(series, by_name["plain"], None, plain_cost, None)
-    own_row = make_row(series, by_name[own], None, plain_cost, None)
+def _record(series: Series, by_name: dict[str, Series], own: str) -> dict[str, object]:
+    row = make_row(series, by_name["plain"], None, 0.0, None)
+    own_row = make_row(series, by_name[own], None, 0.0, None)
     return {
         "row": series.strategy,
         "tokens_per_second": row.tokens_per_second,

@@ -8,14 +8,13 @@ sooner, since the encoder's layers are run once over the source and only the dec
 The decoder alone has the shape of `coder`, with as many layers as bring it next to the encoder-decoder's number of
 parameters, and random weights: what it writes is noise, what it costs is not. It reads the source and a line
 break, and writes as many tokens as the corrected sentence has. Both are exported in the same format and types, and
-take turns, sentence by sentence, in one process. Quality is not compared: that would take training the decoder on the
-same pairs.
+take turns, sentence by sentence, each in a process of its own. Quality is not compared: that would take training the
+decoder on the same pairs.
 """
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -26,17 +25,23 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from samples.random_weights import write_random
-from skipstone.benchmark.measure import Runner, Sample, Series, StrategyRunner
+from skipstone.benchmark.measure import Runner, Sample, Series
 from skipstone.benchmark.report import this_machine, write_json
-from skipstone.benchmark.subject import Subject, new_policy
 from skipstone.bundle import open_bundle
 from skipstone.exporters.pipeline import export_checkpoint
 from skipstone.inputs import ModelInput
-from skipstone.runtimes.engines import EngineOptions
-from skipstone.runtimes.generate import GenerationLimits
-from skipstone.runtimes.sampling import SamplingConfig
-from skipstone.runtimes.strategies import StrategyOptions
-from tests.peers.common import ROOT, Settings, command_line, inputs_of, limits_of, parse_settings, take_turns
+from skipstone.runtimes.text import TextCodec
+from tests.peers.common import (
+    ROOT,
+    Settings,
+    command_line,
+    inputs_of,
+    our_worker,
+    parse_settings,
+    runner_of,
+    take_turns,
+)
+from tests.peers.line_protocol import Worker
 
 ALONE = "decoder alone, plain"
 STRATEGIES = ("plain", "aggressive", "auto")
@@ -56,18 +61,10 @@ def write_decoder(settings: Settings, parameters: int, folder: Path) -> tuple[in
     return config.num_hidden_layers, written
 
 
-@dataclass
-class AloneRunner:
-    """Plain decoding after the source, for as many tokens as are written of each sentence."""
-
-    subject: Subject
-    lengths: dict[tuple[int, ...], int]
-
-    def __call__(self, given: ModelInput) -> Sample:
-        policy = new_policy("plain", self.subject, None, StrategyOptions())
-        limits = GenerationLimits(self.lengths[given.source])
-        run = StrategyRunner((self.subject,), policy, limits, SamplingConfig())
-        return run(ModelInput((*given.source, *self.subject.codec.tokens("\n"))))
+def alone_runner(worker: Worker, line_break: tuple[int, ...], lengths: dict[tuple[int, ...], int]) -> Runner:
+    """Plain decoding after the source and a line break, for as many tokens as are written of each sentence."""
+    run = runner_of(worker, "plain", lambda given: lengths[tuple(given.prompt[: -len(line_break)])])
+    return lambda given: run(ModelInput((*given.source, *line_break)))
 
 
 def row_of(series: Series, plain: Series) -> dict[str, object]:
@@ -105,6 +102,24 @@ def show(rows: Sequence[dict[str, object]]) -> None:
     Console(width=100).print(table)
 
 
+def measure(settings: Settings, folder: Path, inputs: Sequence[ModelInput]) -> list[Series]:
+    """Both in turns; the decoder alone writes as many tokens of a sentence as the encoder-decoder did."""
+    alone_bundle = open_bundle(folder / "alone")
+    codec = TextCodec(alone_bundle.file("tokenizer.json"), alone_bundle.manifest.model.vocab_size)
+    line_break = tuple(codec.tokens("\n"))
+    with our_worker(folder / "pair", settings) as pair, our_worker(folder / "alone", settings) as alone:
+        plain = runner_of(pair, "plain", settings.max_new_tokens, settle=0.0)
+        lengths = {tuple(given.source): max(2, len(plain(given).tokens)) for given in inputs}
+
+        def make(name: str) -> Runner:
+            if name == ALONE:
+                return alone_runner(alone, line_break, lengths)
+            return runner_of(pair, name, settings.max_new_tokens)
+
+        make(ALONE)(inputs[0])
+        return take_turns(make, (ALONE, *STRATEGIES), inputs, settings.repeats)
+
+
 def main() -> None:
     """Entry point."""
     settings = parse_settings(
@@ -114,28 +129,14 @@ def main() -> None:
         model="speller",
         prompts="speller_held_out.jsonl",
     )
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as opened:
-        folder, options = Path(scratch), EngineOptions(threads=settings.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         export_checkpoint(settings.checkpoint, folder / "pair", quantize=settings.quantize)
-        pair = open_bundle(folder / "pair")
-        parameters = pair.manifest.model.parameters
+        parameters = open_bundle(folder / "pair").manifest.model.parameters
         layers, alone_parameters = write_decoder(settings, parameters, folder / "checkpoint")
         export_checkpoint(folder / "checkpoint", folder / "alone", quantize=settings.quantize, exits=())
-        subject = opened.enter_context(Subject(pair, options))
-        alone = opened.enter_context(Subject(open_bundle(folder / "alone"), options))
-        inputs, limits = inputs_of(subject, settings), limits_of(subject, settings)
-
-        def runner(strategy: str) -> StrategyRunner:
-            policy = new_policy(strategy, subject, None, StrategyOptions())
-            return StrategyRunner((subject,), policy, limits, SamplingConfig())
-
-        lengths = {given.source: max(2, len(runner("plain")(given).tokens)) for given in inputs}
-
-        def make(name: str) -> Runner:
-            return AloneRunner(alone, lengths) if name == ALONE else runner(name)
-
-        make(ALONE)(inputs[0])
-        found = take_turns(make, (ALONE, *STRATEGIES), inputs, settings.repeats)
+        inputs = inputs_of(folder / "pair", settings)
+        found = measure(settings, folder, inputs)
     rows = [row_of(series, found[0]) for series in found]
     show(rows)
     record = {

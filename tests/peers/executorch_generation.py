@@ -5,8 +5,7 @@
 
 optimum-executorch pins another transformers than ours, so it gets an environment of its own, made on the
 first run (build/peers/optimum-executorch). Its export is the one its README recommends: XNNPACK, custom SDPA,
-custom K/V cache. Every row runs in a process of its own, in turns, greedy, end-of-text tokens ignored. Ours
-includes turning tokens into text; theirs does not.
+custom K/V cache. Every row runs in a process of its own, in turns, greedy, end-of-text tokens ignored.
 
 ExecuTorch's attention calls a BLAS that opens OpenMP teams under ExecuTorch's own threads, so theirs runs a
 second time with OMP_NUM_THREADS=1, which is faster wherever cores are few.
@@ -16,31 +15,28 @@ import hashlib
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress as Bar
 from rich.table import Table
 from tokenizers import Tokenizer
 
 from skipstone.benchmark.lossless import first_difference
-from skipstone.benchmark.measure import Progress, Runner, Sample, Series, measure_interleaved
+from skipstone.benchmark.measure import Runner, Series
 from skipstone.benchmark.report import this_machine, write_json
 from skipstone.benchmark.rows import make_row
 from skipstone.exporters.pipeline import export_checkpoint
 from skipstone.inputs import ModelInput
-from tests.peers.common import Settings, command_line, parse_settings
+from tests.peers.common import Settings, command_line, our_worker, parse_settings, runner_of, take_turns
 from tests.peers.environment import make_environment
 from tests.peers.line_protocol import Worker
 
 OURS, THEIRS, TUNED = "skipstone plain", "optimum-executorch", "optimum-executorch (OMP 1)"
 PACKAGES = (("torch==2.13.0",), ("torch==2.13.0", "executorch==1.5.1", "optimum-executorch==1.1.0"))
 CONTEXT = 512
-_SETTLE_SECONDS = 0.3  # thread teams of the process before may still wait spinning
 SCHEMES = {"none": (), "8da4w": ("--qlinear", "8da4w", "--qembedding", "4w")}
 
 
@@ -90,35 +86,17 @@ def pte_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.pte"))
 
 
-def as_runner(worker: Worker) -> Runner:
-    """A worker as what the benchmark runs; every token after the first is a round."""
-
-    def run(given: ModelInput) -> Sample:
-        time.sleep(_SETTLE_SECONDS)
-        answer = worker(given.prompt)
-        return Sample(
-            answer.tokens, answer.first_seconds, answer.decode_seconds, max(1, len(answer.tokens) - 1)
-        )
-
-    return run
-
-
 def measure(
     settings: Settings, workers: dict[str, Worker], prompts: Sequence[ModelInput]
 ) -> dict[str, Series]:
     """Both systems in turns, after a run of each that is not counted."""
-    runners = {name: as_runner(worker) for name, worker in workers.items()}
-    for runner in runners.values():
-        runner(prompts[0])
-    with Bar(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("")
 
-        def told(progress: Progress) -> None:
-            bar.update(task, description=progress.strategy, completed=progress.done, total=progress.total)
-            bar.refresh()
+    def make(name: str) -> Runner:
+        return runner_of(workers[name], "plain", settings.max_new_tokens)
 
-        found = measure_interleaved(runners.__getitem__, tuple(runners), prompts, settings.repeats, told)
-    return {series.strategy: series for series in found}
+    for name in workers:
+        make(name)(prompts[0])
+    return {series.strategy: series for series in take_turns(make, tuple(workers), prompts, settings.repeats)}
 
 
 def rows_of(by_name: dict[str, Series]) -> list[dict[str, object]]:
@@ -175,11 +153,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours = export_ours(settings, Path(folder))
         peer = (programs / "python", "tests.peers.optimum_executorch_worker", theirs)
-        size = (str(settings.threads), str(settings.max_new_tokens))
         with (
-            Worker(Path(sys.executable), "tests.peers.skipstone_worker", ours, *size) as own,
-            Worker(*peer, *size) as plain,
-            Worker(*peer, *size, environment={"OMP_NUM_THREADS": "1"}) as tuned,
+            our_worker(ours, settings) as own,
+            Worker(*peer, str(settings.threads)) as plain,
+            Worker(*peer, str(settings.threads), environment={"OMP_NUM_THREADS": "1"}) as tuned,
         ):
             workers = {OURS: own, THEIRS: plain, TUNED: tuned}
             rows = rows_of(measure(settings, workers, prompts))

@@ -1,7 +1,7 @@
-"""Prompts into a process of its own and timed generations out of it, one JSON line each.
+"""Inputs into a process of its own and timed generations out of it, one JSON line each.
 
-The systems compared may need different environments: this module is imported in all of them and uses the
-standard library alone.
+The systems compared may need different environments, and disturb each other's threads where they share a process: this
+module is imported in all of them and uses the standard library alone.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -18,30 +18,57 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
+class Request:
+    """What to generate from: token ids of a prompt, and of an encoder-decoder's source.
+
+    Attributes:
+        row: which of its ways to generate the system takes.
+        max_new_tokens: at most so many.
+        fresh: whether what was learned in earlier requests of this row is to be forgotten.
+    """
+
+    row: str
+    prompt: tuple[int, ...]
+    source: tuple[int, ...]
+    max_new_tokens: int
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
 class Answer:
-    """A greedy generation: its tokens, seconds to the first one (prefill included), and from there to the last."""
+    """A greedy generation: its tokens, seconds to the first one (prefill included), and from there to the last.
+
+    Attributes:
+        rounds: calls of the whole model after the first token; 0: not known.
+    """
 
     tokens: tuple[int, ...]
     first_seconds: float
     decode_seconds: float
+    rounds: int = 0
 
 
-Generate = Callable[[list[int]], Answer]
+Generate = Callable[[Request], Answer]
 
 
 def serve(start: Callable[[], tuple[Generate, dict[str, str]]]) -> None:
-    """Answer prompts from standard input until it ends.
+    """Answer requests from standard input until it ends.
 
     Args:
-        start: loads the model; returns what generates after a prompt, and what is worth recording. Whatever
-            it or its libraries print goes to standard error.
+        start: loads the model; returns what generates, and what is worth recording. Whatever it or its libraries print
+            goes to standard error.
     """
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
         os.dup2(2, 1)
         generate, about = start()
         print(json.dumps(about), file=channel, flush=True)
         for line in sys.stdin:
-            print(json.dumps(asdict(generate(json.loads(line)))), file=channel, flush=True)
+            print(json.dumps(asdict(generate(_request(line)))), file=channel, flush=True)
+
+
+def _request(line: str) -> Request:
+    told = json.loads(line)
+    return Request(**{**told, "prompt": tuple(told["prompt"]), "source": tuple(told["source"])})
 
 
 class Worker:
@@ -73,14 +100,14 @@ class Worker:
         )
         self.about: dict[str, str] = self._read()
 
-    def __call__(self, prompt: Sequence[int]) -> Answer:
-        """Generate after a prompt."""
+    def __call__(self, request: Request) -> Answer:
+        """Generate."""
         if self._process.stdin is None:
             raise AssertionError("its input is a pipe")
-        self._process.stdin.write(json.dumps(list(prompt)) + "\n")
+        self._process.stdin.write(json.dumps(asdict(request)) + "\n")
         self._process.stdin.flush()
         told = self._read()
-        return Answer(tuple(told["tokens"]), told["first_seconds"], told["decode_seconds"])
+        return Answer(**{**told, "tokens": tuple(told["tokens"])})
 
     def __enter__(self) -> "Worker":
         return self

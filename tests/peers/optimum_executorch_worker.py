@@ -1,13 +1,13 @@
 """optimum-executorch's own generation loop behind `serve`; runs in its environment, without ours.
 
-python -m tests.peers.optimum_executorch_worker FOLDER THREADS MAX_NEW_TOKENS
+python -m tests.peers.optimum_executorch_worker FOLDER THREADS
 """
 
 import sys
 import time
 from importlib.metadata import version
 
-from tests.peers.line_protocol import Answer, Generate, serve
+from tests.peers.line_protocol import Answer, Generate, Request, serve
 
 
 def start() -> tuple[Generate, dict[str, str]]:
@@ -25,16 +25,17 @@ def start() -> tuple[Generate, dict[str, str]]:
             super().on_prompt_eval_end()
             self.first = time.perf_counter()
 
-    folder, threads, max_new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    folder, threads = sys.argv[1], int(sys.argv[2])
     portable_lib._unsafe_reset_threadpool(threads)
     model = ExecuTorchModelForCausalLM.from_pretrained(folder)
     model.stats = clock = Clock()
     model.eos_token_ids = []  # goes on after an end of text, as the other side does
 
-    def generate(prompt: list[int]) -> Answer:
+    def generate(request: Request) -> Answer:
+        prompt = list(request.prompt)
         clock.reset()
         began = time.perf_counter()
-        tokens = model.generate(prompt, max_seq_len=len(prompt) + max_new_tokens)
+        tokens = model.generate(prompt, max_seq_len=len(prompt) + request.max_new_tokens)
         ended = time.perf_counter()
         return Answer(tuple(tokens), clock.first - began, ended - clock.first)
 

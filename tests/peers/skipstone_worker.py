@@ -1,30 +1,42 @@
-"""Our plain decoding behind `serve`.
+"""Our strategies behind `serve`; the rows bear their names.
 
-python -m tests.peers.skipstone_worker BUNDLE THREADS MAX_NEW_TOKENS
+python -m tests.peers.skipstone_worker BUNDLE THREADS
+
+Of an encoder-decoder the output ends with the text; a decoder goes on behind it, so that all generate as much.
 """
 
 import sys
 from importlib.metadata import version
 
-from tests.peers.line_protocol import Answer, Generate, serve
+from skipstone.benchmark.measure import StrategyRunner
+from skipstone.benchmark.subject import Subject, new_policy
+from skipstone.bundle import open_bundle
+from skipstone.inputs import ModelInput
+from skipstone.runtimes.engines import EngineOptions
+from skipstone.runtimes.generate import GenerationLimits, Policy
+from skipstone.runtimes.sampling import SamplingConfig
+from skipstone.runtimes.strategies import StrategyOptions
+from tests.peers.line_protocol import Answer, Generate, Request, serve
 
 
 def start() -> tuple[Generate, dict[str, str]]:
     """Open the bundle."""
-    import skipstone
+    manifest = (bundle := open_bundle(sys.argv[1])).manifest
+    subject = Subject(bundle, EngineOptions(threads=int(sys.argv[2])))
+    ends = () if manifest.model.encoder is None else manifest.model.eos_token_ids
+    policies: dict[str, Policy] = {}
 
-    bundle, threads, max_new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    model = skipstone.load(bundle, threads=threads)
+    def generate(request: Request) -> Answer:
+        if request.fresh or request.row not in policies:
+            policies[request.row] = new_policy(request.row, subject, None, StrategyOptions())
+        limits = GenerationLimits(request.max_new_tokens, ends)
+        run = StrategyRunner((subject,), policies[request.row], limits, SamplingConfig())
+        sample = run(ModelInput(request.prompt, request.source))
+        return Answer(sample.tokens, sample.first_seconds, sample.decode_seconds, sample.rounds)
 
-    def generate(prompt: list[int]) -> Answer:
-        model.session.rewind(0)  # nothing of an earlier run with this prompt is used
-        result = model.generate(prompt, max_new_tokens=max_new_tokens, strategy="plain", ignore_eos=True)
-        first = result.stats.time_to_first_token
-        return Answer(result.tokens, first, result.stats.seconds - first)
-
-    packages = ("skipstone", "executorch", "transformers", "torch")
-    about = {name: version(name) for name in packages}
-    return generate, about | {"exits": str(model.bundle.manifest.exits)}
+    engine = {"gguf": "llama-cpp-python", "executorch": "executorch", "onnx": "onnxruntime"}[manifest.format]
+    about = {name: version(name) for name in ("skipstone", engine)}
+    return generate, about | {"exits": str(manifest.exits), "quantization": manifest.quantization.scheme}
 
 
 if __name__ == "__main__":
