@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from skipstone.benchmark.subject import Subject
+from skipstone.benchmark.tracing import Recorder
 from skipstone.inputs import ModelInput
 from skipstone.runtimes.generate import GenerationLimits, Policy, generate
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
@@ -57,12 +58,14 @@ class StrategyRunner:
         policy: of the strategy; what it learns stays for the next prompt, as in an application.
         limits: when to stop.
         sampling: how tokens are chosen; every prompt starts from the same seed.
+        recorder: told of every generation and round; None: nobody is.
     """
 
     subjects: tuple[Subject, ...]
     policy: Policy
     limits: GenerationLimits
     sampling: SamplingConfig
+    recorder: Recorder | None = None
 
     def __call__(self, given: ModelInput) -> Sample:
         """Generate from an input, nothing of it computed before."""
@@ -71,12 +74,16 @@ class StrategyRunner:
         target, meters = self.subjects[0], [subject.engine.meter for subject in self.subjects]
         tokens: list[int] = []
         rounds = drafted = accepted = 0
+        if self.recorder is not None:
+            self.recorder.begin()
         began = first = time.perf_counter()
         given.enter(target.session)
         steps = generate(
             target.session, given.prompt, self.policy, Sampler(self.sampling), self.limits, target.costs
         )
         for step in steps:
+            if self.recorder is not None:
+                self.recorder.step(step)
             if tokens:
                 rounds += 1
             else:

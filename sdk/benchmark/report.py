@@ -113,7 +113,7 @@ def this_machine() -> Machine:
     )
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, flag: str = "--json") -> None:
     """Refuse an output file that cannot be written, before hours are spent on its content.
 
     Raises:
@@ -121,7 +121,7 @@ def check_writable(path: Path) -> None:
     """
     folder = path.parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--json {path}: cannot be written", hint="name a file in a folder that exists")
+        raise UsageError(f"{flag} {path}: cannot be written", hint="name a file in a folder that exists")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -130,7 +130,15 @@ def write_json(path: Path, value: object) -> None:
     Raises:
         UsageError: the disk refuses; nothing is left behind.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str, flag: str = "--json") -> None:
+    """Write a text file as a whole or not at all.
+
+    Raises:
+        UsageError: the disk refuses; nothing is left behind.
+    """
     draft: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(
@@ -143,4 +151,4 @@ def write_json(path: Path, value: object) -> None:
     except OSError as error:
         if draft is not None:
             draft.unlink(missing_ok=True)
-        raise UsageError(f"--json {path}: cannot be written: {error}", hint="choose another file") from error
+        raise UsageError(f"{flag} {path}: cannot be written: {error}", hint="choose another file") from error

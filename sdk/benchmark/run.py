@@ -21,6 +21,7 @@ from skipstone.benchmark.prompts import DEFAULT_PROMPTS, DEFAULT_SOURCES
 from skipstone.benchmark.report import Report, bundle_facts, this_machine
 from skipstone.benchmark.rows import Row, make_row
 from skipstone.benchmark.subject import Subject, new_policy, open_draft, runnable_strategies
+from skipstone.benchmark.trace import TracedRunner, Tracer, write_trace
 from skipstone.bundle import Bundle, open_bundle
 from skipstone.errors import ContextFullError, UsageError
 from skipstone.inputs import ModelInput, encode_input
@@ -62,6 +63,7 @@ class BenchOptions:
         whole_gguf: the uncut model.
         memory: measure every strategy's peak memory in a process of its own.
         curve: file with a cost curve to plan with instead of measuring one.
+        trace: file to record the first pass in (`skipstone.devices.traces`); None: nothing is recorded.
         command: the command line, for the report.
     """
 
@@ -83,6 +85,7 @@ class BenchOptions:
     whole_gguf: Path | None = None
     memory: bool = True
     curve: Path | None = None
+    trace: Path | None = None
     command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -121,6 +124,8 @@ def run_bench(
     began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     with _Bench(open_bundle(path), options) as bench:
         rows = bench.rows(progress)
+        if options.trace is not None:
+            bench.write_trace(options.trace)
         return Report(
             rows=tuple(rows),
             bundle=bundle_facts(bench.target.bundle),
@@ -150,8 +155,10 @@ class _Bench:
         gguf = _whole_gguf(bundle, options) if options.baselines else None
         try:
             curve = None if options.curve is None else load_curve(options.curve, bundle)
+            self._tracer = None if options.trace is None else Tracer()
+            watch = None if self._tracer is None else self._tracer.target
             self.target = self._stack.enter_context(
-                Subject(bundle, options.engine, options.context_length, curve)
+                Subject(bundle, options.engine, options.context_length, curve, watch)
             )
             self.kv_type = self.target.kv_type
             self._draft = self._open_draft()
@@ -204,8 +211,32 @@ class _Bench:
         options = self._options
         subjects = (self.target,) if self._draft is None else (self.target, self._draft)
         name = PLAIN if strategy == CONTROL else strategy
-        policy = new_policy(name, self.target, self._draft, options.strategy_options)
-        return StrategyRunner(subjects, policy, limits or self._limits, _seeded(options.sampling))
+        tracer = None
+        if limits is None and strategy != CONTROL and self._tracer and self._tracer.first_pass(strategy):
+            tracer = self._tracer
+        recorder = None if tracer is None else tracer.recorder
+        policy = new_policy(name, self.target, self._draft, options.strategy_options, recorder)
+        runner = StrategyRunner(subjects, policy, limits or self._limits, _seeded(options.sampling), recorder)
+        return runner if tracer is None else TracedRunner(runner, tracer, strategy)
+
+    def write_trace(self, path: Path) -> None:
+        """Write what was recorded.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        if self._tracer is None:
+            raise AssertionError("only a traced benchmark has a trace")
+        options = self._options
+        header = self._tracer.header(
+            self.target,
+            self._draft,
+            greedy=options.sampling.greedy,
+            tokens=options.max_new_tokens,
+            prompts=len(self.inputs),
+            source=options.prompts_source,
+        )
+        write_trace(path, header, self._tracer.runs)
 
     def _logits_after(self, given: ModelInput, generated: Sequence[int]) -> NDArray[np.float32]:
         self.target.restart()
@@ -216,7 +247,8 @@ class _Bench:
         path = self._options.assistant_model
         if path is None:
             return None
-        return self._stack.enter_context(open_draft(path, self.target, self._options.engine))
+        watch = None if self._tracer is None else self._tracer.draft
+        return self._stack.enter_context(open_draft(path, self.target, self._options.engine, watch))
 
     def _open_baselines(self, gguf: Path, eos: Sequence[int]) -> dict[str, Baseline]:
         options = BaselineOptions(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from skipstone.benchmark.meter import MeteredEngine, part_bytes
+from skipstone.benchmark.tracing import Recorder, TracedPolicy, witnessed
 from skipstone.bundle import Bundle, CostCurve
 from skipstone.devices.cost import measure
-from skipstone.devices.curves import MeasuredCurve
+from skipstone.devices.curves import MeasuredCurve, new_curve
 from skipstone.model import load_draft_table, open_draft_bundle
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftModelMaker
 from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.engines import EngineOptions, open_engine
+from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import Policy
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
@@ -28,6 +33,7 @@ class Subject:
         options: engine options.
         context_length: positions; None: the model's own, at most 2,048.
         curve: cost curve to plan with, measured elsewhere; None: it is measured now.
+        trace: wraps the engine, to record what is run; None: nothing is recorded.
     """
 
     def __init__(
@@ -36,9 +42,10 @@ class Subject:
         options: EngineOptions,
         context_length: int | None = None,
         curve: MeasuredCurve | None = None,
+        trace: Callable[[Engine], Engine] | None = None,
     ) -> None:
         facts = bundle.manifest.model
-        self.bundle = bundle
+        self.bundle, self._options, self._planned = bundle, options, curve
         bos = facts.bos_token_id if facts.add_bos else None
         self.codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size, bos)
         self.table = load_draft_table(bundle)
@@ -49,12 +56,22 @@ class Subject:
                 measure(self._raw, budget_seconds=COST_SECONDS) if curve is None else curve.curve
             )
             self.costs = CostModel(self.curve, self._raw.exits)
-            self.engine = MeteredEngine(self._raw, self.costs, part_bytes(bundle))
+            engine = self._raw if trace is None else trace(self._raw)
+            self.engine = MeteredEngine(engine, self.costs, part_bytes(bundle))
             length = min(facts.context_length, 2048) if context_length is None else context_length
             self.session = Session(self.engine, length)
         except Exception:
             self._raw.close()
             raise
+
+    def own_curve(self) -> MeasuredCurve:
+        """The curve on this machine, measured now if another one was given.
+
+        Raises:
+            ValidationError: the engine takes single rows only, say.
+        """
+        curve = self.curve if self._planned is None else measure(self._raw, budget_seconds=COST_SECONDS)
+        return new_curve(self.bundle, self._raw, self._options, curve, COST_SECONDS)
 
     def restart(self) -> None:
         """Forget the sequence and what was metered."""
@@ -73,19 +90,41 @@ class Subject:
         self.close()
 
 
-def open_draft(path: str, target: Subject, options: EngineOptions) -> Subject:
-    """A draft model for `target`.
+def open_draft(
+    path: str,
+    target: Subject,
+    options: EngineOptions,
+    trace: Callable[[Engine], Engine] | None = None,
+) -> Subject:
+    """A draft model for `target`; see `Subject` for `trace`.
 
     Raises:
         VocabularyMismatchError, UsageError: it does not fit the target.
     """
     bundle = open_draft_bundle(path, target.bundle, target.codec)
     length = min(bundle.manifest.model.context_length, target.session.context_length)
-    return Subject(bundle, options, length)
+    return Subject(bundle, options, length, trace=trace)
 
 
-def new_policy(strategy: str, target: Subject, draft: Subject | None, options: StrategyOptions) -> Policy:
-    """A policy that has learned nothing yet.
+@dataclass(frozen=True)
+class _TracedMaterials(Materials):
+    """Materials whose text drafters are watched, if there is a recorder."""
+
+    recorder: Recorder | None = None
+
+    def text_source(self) -> Drafter:
+        source = super().text_source()
+        return source if self.recorder is None else witnessed(source, self.recorder)
+
+
+def new_policy(
+    strategy: str,
+    target: Subject,
+    draft: Subject | None,
+    options: StrategyOptions,
+    recorder: Recorder | None = None,
+) -> Policy:
+    """A policy that has learned nothing yet; what it drafts is told to the recorder.
 
     Raises:
         UsageError: an unknown strategy, or one this bundle cannot run.
@@ -93,10 +132,18 @@ def new_policy(strategy: str, target: Subject, draft: Subject | None, options: S
     maker = None if draft is None else _maker(draft)
     tokens = None if options.guide is None else target.codec.tokens(options.guide)
     guide = None if tokens is None else lambda: tokens
-    materials = Materials(
-        target.engine, target.costs, options, target.table, maker, guide, lambda: target.codec.word_starts
+    materials = _TracedMaterials(
+        target.engine,
+        target.costs,
+        options,
+        target.table,
+        maker,
+        guide,
+        lambda: target.codec.word_starts,
+        recorder,
     )
-    return make_policy(strategy, materials)
+    policy = make_policy(strategy, materials)
+    return policy if recorder is None else TracedPolicy(policy, recorder)
 
 
 def runnable_strategies(target: Subject) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from skipstone.cli.devices import devices
 from skipstone.cli.export import export
 from skipstone.cli.generate import generate
 from skipstone.cli.inspect import inspect
+from skipstone.cli.simulate import simulate
 from skipstone.cli.tune import tune
 from skipstone.errors import SkipstoneError
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (export, generate, bench, calibrate, inspect, tune, devices):
+for _command in (export, generate, bench, simulate, calibrate, inspect, tune, devices):
     app.command()(_command)
 
 

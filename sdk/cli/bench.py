@@ -66,6 +66,10 @@ def bench(
         typer.Option("--baselines", help="Also run llama_decode and create_completion, on --whole-gguf."),
     ] = False,
     whole_gguf: Annotated[Path | None, typer.Option(help="The uncut model, for --baselines.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Record the first pass round by round in this file, for skipstone simulate."),
+    ] = None,
     curve: flags.Curve = None,
     curve_only: Annotated[
         bool,
@@ -118,10 +122,12 @@ def bench(
         whole_gguf=whole_gguf,
         memory=not no_memory,
         curve=curve,
+        trace=trace,
         command=("skipstone", *sys.argv[1:]),
     )
-    if json is not None:
-        check_writable(json)
+    for file, flag in ((json, "--json"), (trace, "--trace")):
+        if file is not None:
+            check_writable(file, flag)
     profiler = _profiler(bundle) if profile else None
     with progress_bar("measuring costs") as show_progress:
 

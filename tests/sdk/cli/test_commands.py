@@ -22,7 +22,7 @@ FLAGS = ("--prompt", PROMPT, "--max-new-tokens", "24", "--threads", "1")
 def test_help_lists_the_commands_and_needs_no_command() -> None:
     asked, bare = skipstone("--help"), skipstone()
     assert asked.returncode == bare.returncode == 0
-    for command in ("export", "generate", "bench", "inspect", "tune", "devices"):
+    for command in ("export", "generate", "bench", "simulate", "inspect", "tune", "devices"):
         assert re.search(rf"^\W*{command}\b", asked.stdout, re.MULTILINE), command
         assert command in bare.stdout
 

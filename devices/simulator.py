@@ -1,0 +1,235 @@
+"""Tokens per second that a recorded trace would have on a device of which nothing but the cost curve is known.
+
+    >>> trace = read_trace(Path("trace.jsonl"))
+    >>> device = Device(read_curve(Path("phone.json")), widths=(1, 4, 8))      # static batches, padded
+    >>> simulate(trace, Plan("staged"), device, measure_host(trace)).tokens_per_second
+
+A round costs what the curve says for its calls, times how far the engine of the trace exceeded its own curve (contexts
+grow past the one that the curve is measured with), and the host's time, which is measured on the trace or stated. What
+was accepted is the record's: it belongs to the model, not to the device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+
+from skipstone.bundle import CostCurve
+from skipstone.devices.replay import WHOLE, Cut, Work, as_it_ran, plainly, shortened
+from skipstone.devices.traces import DRAFT_MODEL, HEAD, Round, Run, Trace
+from skipstone.errors import UsageError
+from skipstone.runtimes.costs import CostModel
+
+PLAIN = "plain"
+_FEWEST = 8  # rounds from which a slope can be told
+
+
+class CutCurve(Protocol):
+    """A cost curve and where its segments end: a `MeasuredCurve`, a report's."""
+
+    @property
+    def curve(self) -> CostCurve: ...
+
+    @property
+    def exits(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is known of a device.
+
+    Attributes:
+        curve: of the target.
+        draft_curve: of the draft model; None: not known.
+        widths: batches it has programs for, ascending; narrower ones are padded up and wider ones are split. Empty: any.
+    """
+
+    curve: CutCurve
+    draft_curve: CutCurve | None = None
+    widths: tuple[int, ...] = ()
+
+    @cached_property
+    def _models(self) -> list[tuple[CostModel, tuple[int, ...]]]:
+        known = [self.curve] if self.draft_curve is None else [self.curve, self.draft_curve]
+        return [(CostModel(each.curve, each.exits), (0, *each.exits)) for each in known]
+
+    def seconds(self, model: int, part: int, width: int) -> float:
+        """Of one call.
+
+        Args:
+            model: TARGET or DRAFT_MODEL.
+            part: index of a segment, or HEAD.
+            width: rows.
+        """
+        costs, edges = self._models[model]
+        if part == HEAD:
+            return sum(costs.draft(edges[1], edges[1], block) for block in self._blocks(width))
+        return sum(costs.run(edges[part], edges[part + 1], block) for block in self._blocks(width))
+
+    def _blocks(self, width: int) -> Iterator[int]:
+        """The batches that so many rows are run in."""
+        if not self.widths:
+            yield width
+            return
+        while width > self.widths[-1]:
+            yield self.widths[-1]
+            width -= self.widths[-1]
+        yield next(wide for wide in self.widths if wide >= width)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a round costs outside the engine's calls: proposing, accepting, bookkeeping.
+
+    Attributes:
+        stretch: the engine's seconds over those of its own curve, on the trace.
+        stated: seconds per round, whatever it does; None: as measured.
+        fits: by (strategy, drafter): seconds of a round, and more for every draft in it.
+    """
+
+    stretch: float = 1.0
+    stated: float | None = None
+    fits: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+
+    def seconds(self, strategy: str, drafter: str, drafted: int) -> float:
+        """Of one round; a pair that was never seen costs as much as the cheapest one that was."""
+        if self.stated is not None:
+            return self.stated
+        base, slope = self.fits.get((strategy, drafter)) or min(self.fits.values(), default=(0.0, 0.0))
+        return base + slope * drafted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to decode: a recorded strategy, as it ran or cut shorter (`skipstone.devices.replay.Cut`)."""
+
+    strategy: str
+    cut: Cut = WHOLE
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        length = "" if self.cut.length is None else f", length ≤ {self.cut.length}"
+        rows = "" if self.cut.rows is None else f", rows ≤ {self.cut.rows}"
+        return f"{self.strategy}{length}{rows}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan would give: tokens after the first, rounds, and seconds on the device and on the host."""
+
+    plan: Plan
+    tokens: int
+    rounds: int
+    device_seconds: float
+    host_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """As a benchmark counts them: after the first token."""
+        return self.tokens / (self.device_seconds + self.host_seconds)
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens per verification."""
+        return self.tokens / self.rounds
+
+
+def measure_host(trace: Trace) -> Host:
+    """The host's time per round, by strategy and drafter, as a line over the number of drafts: least squares."""
+    header = trace.header
+    own = Device(header.curve, None if header.draft_model is None else header.draft_model.curve)
+    predicted = engine = 0.0
+    samples: defaultdict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    for run in trace.runs:
+        for each in run.rounds:
+            predicted += sum(own.seconds(*call) for call in as_it_ran(each).calls)
+            engine += each.engine_seconds
+            key = run.strategy, each.drafter
+            samples[key].append((len(each.parents), max(0.0, each.seconds - each.engine_seconds)))
+    fits = {key: _line(found) for key, found in samples.items()}
+    return Host(engine / predicted if predicted > 0 else 1.0, None, fits)
+
+
+def simulate(trace: Trace, plan: Plan, device: Device, host: Host) -> Prediction:
+    """Replay a trace on a device.
+
+    Args:
+        trace: what was drafted and accepted.
+        plan: `plain`, which every trace knows, or a recorded strategy.
+        device: where it would run.
+        host: what runs it, see `measure_host`.
+
+    Raises:
+        UsageError: a strategy that was not recorded, a cut of sampled drafts or below one, a draft model without a
+            curve, or rounds there are none of.
+    """
+    runs = _runs(trace, plan, device)
+    segments = len(trace.header.curve.exits)
+    tokens = rounds = 0
+    spent = waited = 0.0
+    for each in chain.from_iterable(run.rounds for run in runs):
+        drafter = "" if plan.strategy == PLAIN else each.drafter
+        for work in _works(each, plan, segments):
+            tokens, rounds = tokens + work.tokens, rounds + 1
+            spent += host.stretch * sum(device.seconds(*call) for call in work.calls)
+            waited += host.seconds(plan.strategy, drafter, work.drafted)
+    return Prediction(plan, tokens, rounds, spent, waited)
+
+
+def _works(each: Round, plan: Plan, segments: int) -> Iterator[Work]:
+    if plan.strategy == PLAIN:
+        return plainly(each, segments)
+    if plan.cut == WHOLE:
+        return iter((as_it_ran(each),))
+    return shortened(each, plan.cut, segments)
+
+
+def _runs(trace: Trace, plan: Plan, device: Device) -> Sequence[Run]:
+    """The runs a plan is replayed from.
+
+    Raises:
+        UsageError: see `simulate`.
+    """
+    runs = trace.of(plan.strategy)
+    if not runs and plan.strategy == PLAIN:
+        runs = trace.of(trace.strategies[0])
+    if not runs:
+        raise UsageError(
+            f"--strategies {plan.strategy}: not in this trace", hint=f"it has {', '.join(trace.strategies)}"
+        )
+    if not any(run.rounds for run in runs):
+        raise UsageError(
+            f"{plan.strategy}: the trace has no rounds of it", hint="record more tokens than one"
+        )
+    for flag, value, least in (("--lengths", plan.cut.length, 1), ("--rows", plan.cut.rows, 2)):
+        if value is not None and value < least:
+            raise UsageError(f"{flag} {value}: expected at least {least}")
+    if plan.cut != WHOLE and not trace.header.greedy:
+        raise UsageError(
+            "--lengths, --rows: drafts that were drawn at random cannot be left out afterwards",
+            hint="record a greedy trace",
+        )
+    calls = chain.from_iterable(each.drafting for run in runs for each in run.rounds)
+    if plan.strategy != PLAIN and device.draft_curve is None and any(c.model == DRAFT_MODEL for c in calls):
+        raise UsageError(
+            f"{plan.strategy}: no cost curve of the draft model on this device",
+            hint="pass one with --draft-curve",
+        )
+    return runs
+
+
+def _line(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Seconds at no drafts, and more per draft; neither is negative."""
+    drafted, seconds = np.array(samples, np.float64).T
+    if len(samples) >= _FEWEST and np.ptp(drafted) > 0:
+        slope, base = np.polyfit(drafted, seconds, 1)
+        if slope >= 0 and base >= 0:
+            return float(base), float(slope)
+    return float(seconds.mean()), 0.0

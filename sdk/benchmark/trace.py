@@ -1,0 +1,110 @@
+"""Tracing a benchmark: a runner that records its generations, and the file they go into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from skipstone import __version__
+from skipstone.benchmark.measure import Runner, Sample
+from skipstone.benchmark.report import write_text
+from skipstone.benchmark.subject import Subject
+from skipstone.benchmark.tracing import Recorder, TracedEngine
+from skipstone.devices.curves import MeasuredCurve
+from skipstone.devices.traces import DRAFT_MODEL, DraftModelFacts, Run, Trace, TraceHeader, trace_lines
+from skipstone.errors import UsageError
+from skipstone.inputs import ModelInput
+from skipstone.runtimes.engines.base import Engine
+
+
+@dataclass
+class Tracer:
+    """Records a benchmark's first pass.
+
+    Attributes:
+        recorder: watches the generation that runs.
+        runs: what was recorded.
+        begun: strategies that were recorded already.
+    """
+
+    recorder: Recorder = field(default_factory=Recorder)
+    runs: list[Run] = field(default_factory=list)
+    begun: set[str] = field(default_factory=set)
+
+    def target(self, engine: Engine) -> Engine:
+        """The target's engine, watched."""
+        return TracedEngine(engine, self.recorder)
+
+    def draft(self, engine: Engine) -> Engine:
+        """The draft model's, watched."""
+        return TracedEngine(engine, self.recorder, DRAFT_MODEL)
+
+    def first_pass(self, strategy: str) -> bool:
+        """Whether this is the first time that a runner of the strategy is made."""
+        fresh = strategy not in self.begun
+        self.begun.add(strategy)
+        return fresh
+
+    def header(
+        self, target: Subject, draft: Subject | None, *, greedy: bool, tokens: int, prompts: int, source: str
+    ) -> TraceHeader:
+        """What a trace of these subjects says of itself.
+
+        Raises:
+            UsageError: an engine without a curve that could be planned with.
+        """
+        model, own = target.bundle.manifest.model, _own_curve(target)
+        return TraceHeader(
+            model=model.name,
+            quantization=target.bundle.manifest.quantization.scheme,
+            curve=own,
+            planned_with=None if own.curve == target.curve else target.curve.machine,
+            draft_model=None
+            if draft is None
+            else DraftModelFacts(model=draft.bundle.manifest.model.name, curve=_own_curve(draft)),
+            greedy=greedy,
+            max_new_tokens=tokens,
+            prompts=prompts,
+            prompts_source=source,
+            tool=f"skipstone {__version__}",
+            started=own.measured,
+        )
+
+
+@dataclass
+class TracedRunner:
+    """A strategy's runner whose generations are recorded; called for one prompt after the other."""
+
+    runner: Runner
+    tracer: Tracer
+    strategy: str
+    prompt: int = 0
+
+    def __call__(self, given: ModelInput) -> Sample:
+        sample = self.runner(given)
+        self.tracer.runs.append(self.tracer.recorder.finish(self.strategy, self.prompt, sample.tokens))
+        self.prompt += 1
+        return sample
+
+
+def write_trace(path: Path, header: TraceHeader, runs: Sequence[Run]) -> None:
+    """Write a trace as a whole or not at all.
+
+    Raises:
+        UsageError: the disk refuses; nothing is left behind.
+    """
+    lines = trace_lines(Trace(header, tuple(runs)))
+    write_text(path, "".join(f"{line}\n" for line in lines), "--trace")
+
+
+def _own_curve(subject: Subject) -> MeasuredCurve:
+    try:
+        return subject.own_curve()
+    except ValidationError as error:
+        raise UsageError(
+            f"--trace: {subject.bundle.path}: its cost curve cannot be planned with: {error.errors()[0]['msg']}",
+            hint="raise --context-length, or leave --trace out",
+        ) from error
