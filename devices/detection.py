@@ -15,6 +15,7 @@ from skipstone.devices.profiles import DeviceProfile, FormatSupport
 from skipstone.errors import EngineError
 from skipstone.runtimes.engines.llamacpp.library import library
 from skipstone.runtimes.engines.llamacpp.registry import registered_devices
+from skipstone.runtimes.engines.onnxruntime.webgpu import is_gpu, webgpu_devices
 
 # Registry names differ between llama.cpp's versions for this one.
 _ALIASES = {"MTL": ("MTL", "Metal")}
@@ -94,12 +95,21 @@ def _detect_executorch(support: FormatSupport) -> Availability:
 
 
 def _detect_onnxruntime(support: FormatSupport) -> Availability:
-    """Whether the package and the target's provider are there, by their names alone: opening a bundle loads them."""
+    """Whether the package is there and, for a GPU, a device that its plugin offers."""
     try:
         version = importlib.metadata.version("onnxruntime")
     except importlib.metadata.PackageNotFoundError:
         return Availability(False, 'onnxruntime is not installed: `pip install "skipstone[onnx]"`')
-    return Availability(True, f"onnxruntime {version}, {support.backend}")
+    if support.backend != "webgpu":
+        return Availability(True, f"onnxruntime {version}, {support.backend}")
+    try:
+        devices = webgpu_devices()
+    except EngineError as error:
+        return Availability(False, str(error))
+    if not devices:
+        return Availability(False, "ONNX Runtime's WebGPU plugin finds no GPU")
+    software = "" if is_gpu(devices[0]) else ", in software"
+    return Availability(True, f"onnxruntime {version}, webgpu{software}")
 
 
 _DETECTORS = {

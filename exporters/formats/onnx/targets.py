@@ -7,20 +7,23 @@ from a writer of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 from tokenizers import Tokenizer
 
-from skipstone.bundle import GraphEntry, ModelFacts
+from skipstone.bundle import GraphEntry, ModelFacts, QnnEntry
 from skipstone.errors import UsageError
 from skipstone.exporters.formats import ExportOptions, Oracle
 from skipstone.exporters.formats.onnx.files import write_graph
 from skipstone.exporters.formats.onnx.modules import MASKED
+from skipstone.exporters.formats.onnx.socs import SOCS
 from skipstone.exporters.formats.onnx.schemes import quantize, scheme_of
+from skipstone.runtimes.engines.onnxruntime.targets import presence
 
 Step = Callable[[str], None]
 
@@ -67,12 +70,16 @@ class Written:
         status: whether they run here, and so can be tested.
         files: names of what it wrote beside the graphs and their weights.
         oracle: what the self-test compares with; None: the model with the weights in the graphs.
+        calibration_sha256: of the user's text that fixed the scales of activations.
+        qnn: what the manifest says of context binaries.
     """
 
     graphs: tuple[GraphEntry, ...]
     status: Literal["runs", "emulated", "compiled"] = "runs"
     files: tuple[str, ...] = ()
     oracle: Oracle | None = None
+    calibration_sha256: str | None = None
+    qnn: QnnEntry | None = None
 
 
 Writer = Callable[[Iterator[tuple[str, ir.Model]], Task], Written]
@@ -91,6 +98,7 @@ class Target:
         context: positions of K/V where the user names none.
         masked: what is added to scores out of sight.
         calibrates: whether a text may be given that fixes the scales of activations.
+        shares: whether graphs of several widths can share their weights.
     """
 
     name: str
@@ -101,6 +109,7 @@ class Target:
     context: int
     masked: float
     calibrates: bool = False
+    shares: bool = False
 
 
 def target_of(name: str, scheme: str) -> Target:
@@ -120,6 +129,36 @@ def target_of(name: str, scheme: str) -> Target:
     return target
 
 
+def fitted(target: Target, widths: tuple[int, ...] | None, scheme: str) -> Target:
+    """The target with the widths that the user and the scheme leave.
+
+    Raises:
+        UsageError: widths that do not rise, or for a target that takes any.
+    """
+    if not target.widths:
+        if widths is not None:
+            raise UsageError(
+                f"--widths {_listed(widths)}: graphs for {target.name} take any number of rows",
+                hint="leave it out",
+            )
+        return target
+    wanted = target.widths if widths is None else widths
+    if not wanted or any(first >= second for first, second in pairwise((0, *wanted))):
+        raise UsageError(f"--widths {_listed(wanted)}: numbers of rows that rise were expected, say 1,4,8")
+    least = scheme_of(scheme).least_width
+    kept = tuple(width for width in wanted if width >= least)
+    if not kept:
+        raise UsageError(
+            f"--widths {_listed(wanted)}: --quantize {scheme} computes otherwise in fewer than {least} rows",
+            hint=f"add a width of {least} or more",
+        )
+    return replace(target, widths=kept, max_width=kept[-1])
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return ",".join(map(str, widths))
+
+
 def write_any_width(graphs: Iterator[tuple[str, ir.Model]], task: Task) -> Written:
     """One graph of a part, weights quantised."""
     scheme, entries = scheme_of(task.scheme), []
@@ -127,12 +166,31 @@ def write_any_width(graphs: Iterator[tuple[str, ir.Model]], task: Task) -> Writt
     for part, graph in graphs:
         quantize(graph, scheme)
         entries.append(write_graph(graph, part, None, task.folder))
-    return Written(tuple(entries))
+    return Written(tuple(entries), presence(task.target.name))
 
+
+def _write_contexts(graphs: Iterator[tuple[str, ir.Model]], task: Task) -> Written:
+    from skipstone.exporters.formats.onnx.qnn import write_contexts
+
+    return write_contexts(graphs, task)
+
+
+_NPU = Target(
+    "qnn",
+    ("a16w8", "a16w4", "a8w8", "fp16"),
+    _write_contexts,
+    (1, 4, 8, 32),
+    32,
+    256,
+    MASKED,
+    calibrates=True,
+    shares=True,
+)
 
 TARGETS = {
     target.name: target
     for target in (
         Target("cpu", ("none", "8da4w", "8da8w", "4w"), write_any_width, (), 64, 2048, MASKED),
+        Target("webgpu", ("none", "4w", "8w"), write_any_width, (), 64, 2048, MASKED),
     )
-}
+} | {target: _NPU for target in SOCS}
