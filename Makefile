@@ -81,5 +81,5 @@ $(STAMPS)/llamacpp: $(STAMPS)/torch tools/build_llamacpp.py
 
 # An ordinary editable install finds new modules by itself; only the mapping in pyproject.toml is fixed by it.
 $(STAMPS)/package: $(STAMPS)/llamacpp pyproject.toml setup.py
-	$(PIP) --no-build-isolation -e ".[llamacpp,export,executorch,onnx,webgpu,samples,dev]"
+	$(PIP) --no-build-isolation -e ".[llamacpp,export,executorch,onnx,qualcomm,webgpu,samples,dev]"
 	@touch $@

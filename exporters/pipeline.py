@@ -64,6 +64,8 @@ def export_checkpoint(
     calibration: str | os.PathLike[str] | None = None,
     mix: str | None = None,
     context_length: int | None = None,
+    widths: Sequence[int] | None = None,
+    share_weights: bool = False,
     max_source_length: int | None = None,
     held_out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -88,6 +90,8 @@ def export_checkpoint(
         mix: schemes of single parts, say `head=8da8w,0-1=none` (executorch).
         context_length: positions to plan K/V for, in formats that fix them at export and for models that set no limit
             themselves; None: at most 512.
+        widths: numbers of rows to compile graphs for, where the device takes fixed shapes alone; None: the device's.
+        share_weights: whether to add graphs that share their weights between widths (Qualcomm).
         max_source_length: tokens of an encoder's source at most; None: 512.
         held_out: text, or .jsonl of `{"text": …}`, to measure perplexity on.
         overwrite: replace a bundle that stands at `output`.
@@ -119,6 +123,8 @@ def export_checkpoint(
         context_length=context_length,
         max_source_length=max_source_length,
         target=support.backend if support.engine != "llamacpp" else None,
+        widths=None if widths is None else tuple(widths),
+        share_weights=share_weights or None,
     )
     text = None if held_out is None else Path(held_out)
     if text is not None:

@@ -45,6 +45,8 @@ class ExportOptions:
         context_length: positions to plan K/V for, where the format fixes them or the model sets no limit.
         max_source_length: tokens of an encoder's source at most.
         target: what to compile for, where the format compiles; None: the format's default.
+        widths: numbers of rows to compile graphs for, ascending, where the target takes fixed shapes alone.
+        share_weights: whether to add graphs that share their weights between widths, for targets that can.
     """
 
     quantize: str | None = None
@@ -59,6 +61,8 @@ class ExportOptions:
     context_length: int | None = None
     max_source_length: int | None = None
     target: str | None = None
+    widths: tuple[int, ...] | None = None
+    share_weights: bool | None = None
 
 
 def refuse_options(options: ExportOptions, reasons: Mapping[str, str]) -> None:

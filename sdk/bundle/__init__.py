@@ -47,6 +47,7 @@ from skipstone.bundle.manifest import (
     Quantization,
     SegmentEntry,
 )
+from skipstone.bundle.qnn import QnnEntry, SharedEntry
 
 __all__ = [
     "GRAPH_INTERFACE",
@@ -74,10 +75,12 @@ __all__ = [
     "Parity",
     "ProgramEntry",
     "Provenance",
+    "QnnEntry",
     "Quality",
     "Quantization",
     "Risk",
     "SegmentEntry",
+    "SharedEntry",
     "TableEntry",
     "bundle_in_progress",
     "describe_file",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from skipstone.bundle.qnn import QnnEntry
 from skipstone.bundle.record import Record
 
 GRAPH_INTERFACE = 1  # what the graphs take and compute
@@ -41,7 +42,8 @@ class GraphsEntry(Record):
     drafts included, which every layer keeps in `key_value_heads` heads of `head_size` channels. What a row may not see
     has `masked` added to its score. `draft_vocabulary` is a little-endian int32 file: the token id of every row of the
     draft head. `status` says whether the graphs ran where they were exported, and so went through the self-test, in an
-    emulator of the target perhaps, or were only `compiled` there. `interface` numbers what the graphs mean.
+    emulator of the target perhaps, or were only `compiled` there. `interface` numbers what the graphs mean. `qnn`
+    describes the context binaries of Qualcomm's NPUs, which lie in the graphs' `weights`.
     """
 
     interface: Annotated[int, Field(gt=0)] = GRAPH_INTERFACE
@@ -57,6 +59,7 @@ class GraphsEntry(Record):
     embedding: TableEntry
     draft_vocabulary: str | None = None
     graphs: tuple[GraphEntry, ...]
+    qnn: QnnEntry | None = None
 
     @model_validator(mode="after")
     def _widths_fit(self) -> Self:

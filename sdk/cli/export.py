@@ -53,7 +53,7 @@ def export(
     ] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Calibration text for an importance matrix.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text that fixes the scales of activations (executorch, int8).")
+        Path | None, typer.Option(help="Text that fixes the scales of activations (executorch int8, qualcomm).")
     ] = None,
     mix: Annotated[
         str | None,
@@ -66,6 +66,20 @@ def export(
             show_default="the model's, at most 512",
         ),
     ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of rows to compile graphs for, say 1,4,8 (onnx, for NPUs).",
+            show_default="the device's",
+        ),
+    ] = None,
+    share_weights: Annotated[
+        bool,
+        typer.Option(
+            "--share-weights",
+            help="Add graphs for the device that share their weights between widths (qualcomm).",
+        ),
+    ] = False,
     max_source_length: Annotated[
         int | None, typer.Option(help="Tokens of an encoder's source at most.", show_default="512")
     ] = None,
@@ -94,6 +108,8 @@ def export(
             calibration=calibration,
             mix=mix,
             context_length=context_length,
+            widths=parse_exits(widths, "--widths"),
+            share_weights=share_weights,
             max_source_length=max_source_length,
             held_out=held_out,
             overwrite=overwrite,

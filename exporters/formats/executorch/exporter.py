@@ -284,4 +284,9 @@ def _refuse_gguf_options(source: str, options: ExportOptions) -> None:
             f"{source}: --format executorch starts from a checkpoint",
             hint="pass the Hugging Face folder, or use --format gguf",
         )
-    refuse_options(options, {"imatrix": "importance matrices belong to --format gguf"})
+    reasons = {
+        "imatrix": "importance matrices belong to --format gguf",
+        "widths": "its methods take any number of rows",
+        "share_weights": "its weights lie in the file once",
+    }
+    refuse_options(options, reasons)

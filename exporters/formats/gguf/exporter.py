@@ -38,6 +38,8 @@ from skipstone.exporters.probe import probe_of
 
 _EXACT_TOLERANCE = 1e-3
 _NOT_HERE = {
+    "widths": "its graphs take any number of rows",
+    "share_weights": "its weights lie in the file once",
     "calibration": "calibrated activations belong to --format executorch",
     "mix": "llama.cpp's schemes are mixes already",
 }

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from skipstone.bundle import GraphsEntry, ModelFacts, OnnxManifest, Quantization, TableEntry
+from skipstone.bundle import GraphEntry, GraphsEntry, ModelFacts, OnnxManifest, Quantization, TableEntry
 from skipstone.errors import CheckpointError, UsageError
 from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
 from skipstone.exporters.draft_material import DraftMaterial, write_vocabulary
@@ -34,8 +34,8 @@ from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse
 from skipstone.exporters.formats.onnx.files import write_table
 from skipstone.exporters.formats.onnx.graphs import OPSET, graphs_of
 from skipstone.exporters.formats.onnx.modules import GraphSegment, cut_for_graphs
-from skipstone.exporters.formats.onnx.schemes import scheme_of
-from skipstone.exporters.formats.onnx.targets import Target, Task, Written, target_of
+from skipstone.exporters.formats.onnx.schemes import Scheme, scheme_of
+from skipstone.exporters.formats.onnx.targets import Target, Task, Written, fitted, target_of
 from skipstone.exporters.probe import probe_of
 from skipstone.exporters.segments import Parts
 
@@ -98,13 +98,18 @@ def export_onnx(
     named = {name for graph in graphs.graphs for name in (graph.file, graph.weights) if name is not None}
     artefacts = (*sorted(named), table.file, *written.files)
     extra = [name for name in (vocabulary, draft_table) if name is not None]
-    stored = sum((folder / name).stat().st_size for name in artefacts)
+    once = {name for graph in _once(graphs) for name in (graph.file, graph.weights) if name is not None}
+    stored = sum((folder / name).stat().st_size for name in (*once, table.file))
     return Artefacts(
         model=request.facts,
         exits=request.exits,
         manifest=partial(OnnxManifest, graphs=graphs),
         draft_table=draft_table,
-        quantization=Quantization(scheme=scheme.name, bits_per_weight=8 * stored / request.num_weights),
+        quantization=Quantization(
+            scheme=scheme.name,
+            calibration_sha256=written.calibration_sha256,
+            bits_per_weight=8 * stored / request.num_weights,
+        ),
         files=(*artefacts, *extra, TOKENIZER_FILE),
         oracle=written.oracle or Oracle(_ORACLE, {"checkpoint": str(request.checkpoint.path)}),
         probe=probe_of(request.tokenizer, request.facts),
@@ -120,8 +125,8 @@ def export_onnx(
 def _check(source: str, options: ExportOptions, scratch: Path) -> _Request:
     """Read the input and refuse what cannot work, before anything is made."""
     scheme = scheme_of(options.quantize or _DEFAULT_SCHEME)
-    target = target_of(options.target or _DEFAULT_TARGET, scheme.name)
-    _refuse_options(source, options, target)
+    target = fitted(target_of(options.target or _DEFAULT_TARGET, scheme.name), options.widths, scheme.name)
+    _refuse_options(source, options, target, scheme)
     checkpoint = open_checkpoint(source)
     if checkpoint.is_encoder_decoder:
         raise CheckpointError(
@@ -178,10 +183,16 @@ def _entry(
         embedding=table,
         draft_vocabulary=vocabulary,
         graphs=written.graphs,
+        qnn=written.qnn,
     )
 
 
-def _refuse_options(source: str, options: ExportOptions, target: Target) -> None:
+def _once(graphs: GraphsEntry) -> list[GraphEntry]:
+    """A graph of every part: the widest."""
+    return [graph for graph in graphs.graphs if graph.width in (None, graphs.max_width)]
+
+
+def _refuse_options(source: str, options: ExportOptions, target: Target, scheme: Scheme) -> None:
     if source.endswith(".gguf"):
         raise UsageError(
             f"{source}: --format onnx starts from a checkpoint",
@@ -193,4 +204,8 @@ def _refuse_options(source: str, options: ExportOptions, target: Target) -> None
     }
     if not target.calibrates:
         reasons["calibration"] = f"no scheme of {target.name} rounds activations by fixed scales"
+    elif scheme.rounding is None:
+        reasons["calibration"] = f"--quantize {scheme.name} rounds nothing by fixed scales"
+    if not target.shares:
+        reasons["share_weights"] = f"graphs for {target.name} hold their weights once"
     refuse_options(options, reasons)

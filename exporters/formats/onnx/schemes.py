@@ -1,10 +1,19 @@
-"""Quantisation schemes of ONNX graphs: products with a weight matrix become ONNX Runtime's MatMulNBits.
+"""Quantisation schemes of ONNX graphs.
+
+For CPUs and GPUs, products with a weight matrix become ONNX Runtime's MatMulNBits:
 
     none    float32
     4w      int4 weights in blocks of 32 inputs, a scale each; everything else in float32
     8w      int8 weights, likewise
     8da4w   as 4w, and the products' other factor rounded to int8 while running, block by block: faster on CPUs
     8da8w   as 8w, likewise
+
+For NPUs, which compute in integers (docs/qualcomm.md):
+
+    a16w8   activations of 16 bits, weights of 8, scales fixed by calibration
+    a16w4   likewise, weights of 4 bits but for the heads'
+    a8w8    likewise, everything in 8 bits
+    fp16    float16 throughout
 
 With any but `none` the embeddings are kept in float16.
 """
@@ -18,6 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from skipstone.errors import UsageError
+from skipstone.exporters.formats.onnx.qdq import Rounding
 
 BLOCK = 32
 OPERATOR, DOMAIN = "MatMulNBits", "com.microsoft"
@@ -33,12 +43,16 @@ class Scheme:
         bits: of a weight; None: float32.
         rounds_while_running: whether activations are rounded as well.
         min_agreement: share of positions at which the best token must be the float32 model's.
+        rounding: bits of everything, where activations have fixed scales.
+        least_width: rows from which on a batch's width does not change what is computed.
     """
 
     name: str
     bits: int | None
     rounds_while_running: bool
     min_agreement: float
+    rounding: Rounding | None = None
+    least_width: int = 1
 
     @property
     def exact(self) -> bool:
@@ -54,6 +68,10 @@ SCHEMES = {
         Scheme("8w", 8, False, 0.9),
         Scheme("8da4w", 4, True, 0.5),
         Scheme("8da8w", 8, True, 0.8),
+        Scheme("a16w8", 8, False, 0.9, Rounding(16, 8)),
+        Scheme("a16w4", 4, False, 0.5, Rounding(16, 4)),
+        Scheme("a8w8", 8, False, 0.5, Rounding(8, 8), least_width=4),
+        Scheme("fp16", 16, False, 0.95),
     )
 }
 

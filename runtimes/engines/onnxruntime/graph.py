@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstone.errors import BundleError, EngineError, SkipstoneError
+from skipstone.runtimes.engines.onnxruntime.library import first_line
 from skipstone.runtimes.engines.onnxruntime.targets import open_session
 
 _TYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
@@ -61,7 +62,7 @@ class Graph:
             raise
         except Exception as error:  # ONNX Runtime's own classes, which have no common root of their own
             raise EngineError(
-                f"{path}: ONNX Runtime cannot load it: {_first_line(error)}",
+                f"{path}: ONNX Runtime cannot load it: {first_line(error)}",
                 hint="the file is damaged, or made for another release; export the bundle again",
             ) from error
         self._check(expected)
@@ -84,7 +85,7 @@ class Graph:
         try:
             found: Sequence[NDArray[np.float32]] = self._session.run(self._outputs, inputs)
         except Exception as error:
-            raise EngineError(f"{self._path}: it cannot be computed: {_first_line(error)}") from error
+            raise EngineError(f"{self._path}: it cannot be computed: {first_line(error)}") from error
         return found
 
     def close(self) -> None:
@@ -115,8 +116,3 @@ class Graph:
 def _array(node: Any) -> Array:
     shape = tuple(size if isinstance(size, int) else ANY for size in node.shape)
     return Array(_TYPES.get(node.type, node.type), shape)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -22,3 +22,9 @@ def runtime() -> Any:
         raise EngineError(
             f"onnxruntime {reason}", hint='install it with `pip install "skipstone[onnx]"`'
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of ONNX Runtime's says, its first line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
