@@ -396,7 +396,9 @@ class OnnxManifest(ManifestBase):
             if graph.weights is not None:
                 found[graph.weights] = f"weights of {graph.part}"
         for shared in () if self.graphs.qnn is None else self.graphs.qnn.shared:
-            found[shared.file] = f"{self.graphs.target} graph: {shared.part}, {shared.width} rows, for the device alone"
+            found[shared.file] = (
+                f"{self.graphs.target} graph: {shared.part}, {shared.width} rows, for the device alone"
+            )
             found[shared.binary] = f"weights of {shared.part}, of all widths"
         if self.graphs.draft_vocabulary is not None:
             found[self.graphs.draft_vocabulary] = "draft head's token ids"

@@ -53,7 +53,8 @@ def export(
     ] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Calibration text for an importance matrix.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text that fixes the scales of activations (executorch int8, qualcomm).")
+        Path | None,
+        typer.Option(help="Text that fixes the scales of activations (executorch int8, qualcomm)."),
     ] = None,
     mix: Annotated[
         str | None,

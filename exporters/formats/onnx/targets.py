@@ -21,8 +21,8 @@ from skipstone.errors import UsageError
 from skipstone.exporters.formats import ExportOptions, Oracle
 from skipstone.exporters.formats.onnx.files import write_graph
 from skipstone.exporters.formats.onnx.modules import MASKED
-from skipstone.exporters.formats.onnx.socs import SOCS
 from skipstone.exporters.formats.onnx.schemes import quantize, scheme_of
+from skipstone.exporters.formats.onnx.socs import SOCS
 from skipstone.runtimes.engines.onnxruntime.targets import presence
 
 Step = Callable[[str], None]
@@ -193,4 +193,4 @@ TARGETS = {
         Target("cpu", ("none", "8da4w", "8da8w", "4w"), write_any_width, (), 64, 2048, MASKED),
         Target("webgpu", ("none", "4w", "8w"), write_any_width, (), 64, 2048, MASKED),
     )
-} | {target: _NPU for target in SOCS}
+} | dict.fromkeys(SOCS, _NPU)

@@ -77,7 +77,8 @@ def _provider() -> tuple[list[Any], str]:
         package = importlib.import_module("onnxruntime_qnn")
     except ImportError as error:
         raise DeviceError(
-            "onnxruntime-qnn is not installed", hint='install it with `pip install "skipstone[onnx,qualcomm]"`'
+            "onnxruntime-qnn is not installed",
+            hint='install it with `pip install "skipstone[onnx,qualcomm]"`',
         ) from error
     ort, name = runtime(), package.get_ep_name()
     try:
