@@ -107,6 +107,39 @@ def tiny_qwen_executorch_bundle(
     return _export(tiny_qwen_checkpoint, tmp_path_factory, "executorch")
 
 
+@pytest.fixture(scope="session")
+def tiny_onnx_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The Llama as an ONNX bundle, cut alike."""
+    return _export(tiny_checkpoint, tmp_path_factory, "onnx")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_onnx_bundle(tiny_qwen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The Qwen3 as an ONNX bundle, cut alike."""
+    return _export(tiny_qwen_checkpoint, tmp_path_factory, "onnx")
+
+
+@pytest.fixture(scope="session")
+def tiny_narrow_onnx_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The Llama as ONNX graphs of 1, 4 and 16 rows and 256 slots each, as NPUs want them, run by the CPU."""
+    from skipstone.exporters.formats.onnx.files import write_graph
+    from skipstone.exporters.formats.onnx.graphs import fixed
+    from skipstone.exporters.formats.onnx.targets import TARGETS, Target, Task, Written
+
+    def write(graphs: Any, task: Task) -> Written:
+        entries = [
+            write_graph(fixed(graph, width, task.slots), part, width, task.folder)
+            for part, graph in graphs
+            for width in task.target.widths
+        ]
+        return Written(tuple(entries))
+
+    narrow = Target("cpu", ("none",), write, (1, 4, 16), 16, 256, TARGETS["cpu"].masked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TARGETS, "cpu", narrow)
+        return _export(tiny_checkpoint, tmp_path_factory, "onnx")
+
+
 def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, format: str = "gguf") -> Bundle:
     from skipstone.exporters.pipeline import export_checkpoint
 

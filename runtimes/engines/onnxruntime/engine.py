@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from skipstone.bundle import GRAPH_INTERFACE, Bundle, onnx_manifest
+from skipstone.bundle import GRAPH_INTERFACE, Bundle, OnnxManifest, onnx_manifest
 from skipstone.errors import BundleError, UsageError
 from skipstone.runtimes.cores import num_cores
+from skipstone.runtimes.engines.base import Share
 from skipstone.runtimes.engines.onnxruntime.cache import CacheLimits, OnnxRuntimeCache
 from skipstone.runtimes.engines.onnxruntime.parts import layers_of, open_parts
 from skipstone.runtimes.engines.onnxruntime.store import KeyValueStore
@@ -61,16 +62,16 @@ class OnnxRuntimeEngine:
         self.encoder = None
         self.hidden_size, self.vocab_size = manifest.model.hidden_size, manifest.model.vocab_size
         self.max_context_length = min(manifest.model.context_length, self._entry.slots)
-        name = self._entry.draft_vocabulary
+        self._segments, names = _share(manifest, options.share)
+        name = self._entry.draft_vocabulary if "draft_head" in names else None
         self.draft_vocabulary = None if name is None else read_vocabulary(bundle.file(name), self.vocab_size)
         self._table = Table(bundle.file(self._entry.embedding.file), self._entry.embedding)
-        names = sorted({graph.part for graph in self._entry.graphs})
         rows = 0 if self.draft_vocabulary is None else len(self.draft_vocabulary)
         self._parts = open_parts(bundle, manifest, names, rows, self.threads)
 
     def open_cache(self, context_length: int, tree: RowTree) -> OnnxRuntimeCache:
         entry, last = self._entry, len(self.exits) - 1
-        layers = {segment: layers_of(self._manifest, segment) for segment in range(last + 1)}
+        layers = {segment: layers_of(self._manifest, segment) for segment in self._segments}
         store = KeyValueStore(
             layers, entry.key_value_heads, entry.head_size, entry.slots, fixed=bool(entry.widths)
         )
@@ -80,3 +81,15 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         for part in self._parts.values():
             part.close()
+
+
+def _share(manifest: OnnxManifest, share: Share | None) -> tuple[list[int], list[str]]:
+    """The segments that are run, and the parts that this takes."""
+    last = len(manifest.exits)
+    segments = sorted(share.segments) if share else list(range(last + 1))
+    names = [f"segment_{index}" for index in segments]
+    if last in segments:
+        names.append("head")
+    if manifest.graphs.draft_vocabulary is not None and (share is None or share.draft_head):
+        names.append("draft_head")
+    return segments, names

@@ -36,6 +36,9 @@ BUNDLES = {
     "gguf-qwen3": ("tiny_qwen_bundle", "tiny_qwen_checkpoint"),
     "executorch-llama": ("tiny_executorch_bundle", "tiny_checkpoint"),
     "executorch-qwen3": ("tiny_qwen_executorch_bundle", "tiny_qwen_checkpoint"),
+    "onnx-llama": ("tiny_onnx_bundle", "tiny_checkpoint"),
+    "onnx-qwen3": ("tiny_qwen_onnx_bundle", "tiny_qwen_checkpoint"),
+    "onnx-narrow": ("tiny_narrow_onnx_bundle", "tiny_checkpoint"),
 }
 
 
