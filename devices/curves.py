@@ -36,7 +36,7 @@ from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.user_cache import cache_folder
 
 SCHEMA_VERSION: Literal[1] = 1
-_METHOD = 1  # of `skipstone.devices.cost`; raised when its figures come to mean something else
+_METHOD = 2  # of `skipstone.devices.cost`; raised when its figures come to mean something else
 _FOLDER = ".skipstone"
 _KIND = "skipstone cost curve"
 _HINT = "make one with `skipstone bench DIR --curve-only --json FILE`"

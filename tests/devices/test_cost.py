@@ -7,8 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from skipstone.devices.cost import WIDE, WIDTHS, measure
+from skipstone.devices.cost import WIDE, WIDTHS, CurveSampler, measure
 from skipstone.runtimes.rows import RowTree
+from skipstone.runtimes.session import Session
 from tests.sdk.scripted import FloatArray, ScriptedCache, ScriptedEngine, ScriptedTranslator
 
 PER_ROW = (0.0005, 0.001)
@@ -47,6 +48,45 @@ def test_the_curve_finds_the_costs_of_every_part_and_width() -> None:
             assert per_row * width <= seconds <= per_row * width * 1.5 + 0.005
         assert all(a < b for a, b in pairwise(curve.segments[segment]))
     assert all(HEAD <= seconds <= HEAD * 2 + 0.005 for seconds in curve.draft_head)
+
+
+class SettlingCache(ScriptedCache):
+    """A single row costs a tenth of what it costs behind anything else, from the third in a row on."""
+
+    singles = 0
+
+    def run(
+        self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]
+    ) -> FloatArray:
+        if segment == 0:
+            self.singles = self.singles + 1 if len(rows) == 1 else 0
+        time.sleep(0.0005 if self.singles > 2 else 0.005)
+        return super().run(segment, rows, hidden, wanted)
+
+
+class SettlingEngine(ScriptedEngine):
+    def open_cache(self, context_length: int, tree: RowTree) -> ScriptedCache:
+        return SettlingCache(self, context_length, tree)
+
+
+def test_single_rows_are_timed_as_they_follow_each_other_in_plain_decoding() -> None:
+    curve = measure(SettlingEngine(range(256)), widths=(1, 4), budget_seconds=0.05)
+    for one, four in curve.segments:
+        assert one < 0.004 < 0.005 <= four
+
+
+def test_a_session_in_use_can_be_sampled_in_between() -> None:
+    engine = SlowEngine(range(256))
+    with Session(engine, 128) as session:
+        sampler = CurveSampler(session, (1, 4, 300))
+        assert sampler.widths == (1, 4)
+        for text in ([5], [6, 7]):
+            session.rewind(0)
+            session.prefill(text)
+            sampler.sweep()
+        curve = sampler.curve()
+        assert session.length == 64
+    assert [seconds[1] for seconds in curve.segments] == pytest.approx([4 * x for x in PER_ROW], rel=0.5)
 
 
 def test_the_cache_it_opened_is_closed() -> None:
