@@ -27,13 +27,13 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     device: Annotated[str, typer.Option(help="Device profile; `skipstone devices` lists them.")] = "cpu",
     format: Annotated[
-        str | None, typer.Option(help="gguf or executorch.", show_default="the device's first")
+        str | None, typer.Option(help="gguf, executorch or onnx.", show_default="the device's first")
     ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
             help="gguf: none, f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_xs, …; executorch: none, fp16, 8da4w, "
-            "8da8w, int8, 4w, 8w.",
+            "8da8w, int8, 4w, 8w; onnx: none, 8da4w, 8da8w, 4w, 8w, and for NPUs others.",
             show_default="the device's first",
         ),
     ] = None,
@@ -63,8 +63,8 @@ def export(
     context_length: Annotated[
         int | None,
         typer.Option(
-            help="Positions to plan K/V for (executorch, encoder-decoders).",
-            show_default="the model's, at most 512",
+            help="Positions to plan K/V for (executorch, onnx, encoder-decoders).",
+            show_default="the model's, at most 512; onnx 2048",
         ),
     ] = None,
     widths: Annotated[

@@ -117,3 +117,42 @@ def test_looking_for_devices_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
+
+
+def test_onnx_runtime_can_be_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = detect(load_profile("cpu"), "onnx")
+    assert here == Availability(True, f"onnxruntime {version('onnxruntime')}, cpu")
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(detection.importlib.metadata, "version", missing)
+    there = detect(load_profile("cpu"), "onnx")
+    assert not there.usable
+    assert "skipstone[onnx]" in there.reason
+
+
+@pytest.mark.parametrize(
+    ("found", "usable", "words"),
+    [
+        (["GPU"], True, "webgpu"),
+        (["CPU"], True, "in software"),
+        ([], False, "finds no GPU"),
+        (None, False, "[webgpu]"),
+    ],
+)
+def test_webgpu_needs_its_plugin_and_a_gpu_and_says_when_that_is_software(
+    monkeypatch: pytest.MonkeyPatch, found: list[str] | None, usable: bool, words: str
+) -> None:
+    def devices() -> list[str]:
+        if found is None:
+            raise EngineError(
+                "onnxruntime-ep-webgpu is not installed", hint='`pip install "skipstone[webgpu]"`'
+            )
+        return found
+
+    monkeypatch.setattr(detection, "webgpu_devices", devices)
+    monkeypatch.setattr(detection, "is_gpu", lambda device: device == "GPU")
+    here = detect(load_profile("webgpu"), "onnx")
+    assert here.usable is usable
+    assert here.reason.endswith(words) or words in here.reason
