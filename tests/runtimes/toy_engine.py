@@ -190,6 +190,8 @@ class ToyCache:
 
     def commit(self, path: Sequence[int]) -> None:
         for segment, (context, drafts) in enumerate(zip(self.context, self.drafts, strict=True)):
+            if not self.rows_run[segment]:
+                continue  # it runs on another engine
             ran = [row for row in path if self.tree.progress[row] > segment]
             before = context[: self.tree.base]
             context[:] = before + [self._pair(segment, row) for row in ran]

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle, executorch_manifest
+from skipstone.bundle import Bundle, ExecuTorchManifest, executorch_manifest
 from skipstone.errors import BundleError, EngineError, UsageError
 from skipstone.runtimes.cores import num_cores
+from skipstone.runtimes.engines.base import Share
 from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
 from skipstone.runtimes.engines.executorch.caches import open_cache
 from skipstone.runtimes.engines.executorch.native import native
@@ -66,12 +67,14 @@ class ExecuTorchEngine:
         self.max_context_length = min(
             manifest.model.context_length, self._entry.slots - (self.reference_width - 1)
         )
-        self.draft_vocabulary = self._read_vocabulary(bundle)
+        share = options.share
+        self._methods = methods_of(manifest, share)
+        self.draft_vocabulary = None if share and not share.draft_head else self._read_vocabulary(bundle)
         check_header(self._path)
         native()
         if not rehearsed:
             rehearse(bundle)
-        program = Program(self._path, self._entry, self.threads)
+        program = Program(self._path, self._entry, self.threads, methods=self._methods)
         rows = 0 if self.draft_vocabulary is None else len(self.draft_vocabulary)
         try:
             check_signatures(self._path, program.signatures, expected_signatures(manifest, rows))
@@ -82,7 +85,7 @@ class ExecuTorchEngine:
 
     def open_cache(self, context_length: int, tree: RowTree) -> ExecuTorchCache:
         if not self._idle:
-            self._idle.append(Program(self._path, self._entry, self.threads))
+            self._idle.append(Program(self._path, self._entry, self.threads, methods=self._methods))
             self._programs += self._idle
         return open_cache(self._idle.pop(), self._manifest, tree, context_length, self._idle.append)
 
@@ -104,3 +107,19 @@ class ExecuTorchEngine:
                 f"{bundle.file(name)}: draft tokens out of order", hint="export the bundle again"
             )
         return ids
+
+
+def methods_of(manifest: ExecuTorchManifest, share: Share | None) -> frozenset[str]:
+    """The methods that a share of the model needs; None: all of them."""
+    names = {entry.name for entry in manifest.program.methods}
+    if share is None:
+        return frozenset(names)
+    last = len(manifest.exits)
+    elsewhere = {f"segment_{index}" for index in range(last + 1) if index not in share.segments}
+    if 0 not in share.segments and manifest.model.encoder is None:  # a source is embedded here too
+        elsewhere.add("embed")
+    if last not in share.segments:
+        elsewhere.add("head")
+    if not share.draft_head:
+        elsewhere.add("draft_head")
+    return frozenset(names - elsewhere)

@@ -10,7 +10,7 @@ import gc
 import os
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Program:
         path: the file.
         entry: what the manifest says of it.
         threads: of ExecuTorch's pool.
+        methods: to load; None: all that the manifest names.
         record: keep the times of all operators for `write_record`; calls get a little slower.
         loading: told of every method before it is loaded.
 
@@ -55,6 +56,7 @@ class Program:
         entry: ProgramEntry,
         threads: int,
         *,
+        methods: Collection[str] | None = None,
         record: bool = False,
         loading: Callable[[str], None] = lambda _name: None,
     ) -> None:
@@ -79,7 +81,7 @@ class Program:
                     hint="export the bundle again",
                 )
             self._methods: dict[str, Any] = {}
-            for name in sorted(wanted):
+            for name in sorted(wanted if methods is None else methods):
                 loading(name)
                 with quiet_libraries():
                     self._methods[name] = program.load_method(name)
@@ -94,7 +96,7 @@ class Program:
 
     @property
     def signatures(self) -> dict[str, Signature]:
-        """What every method takes and gives.
+        """What every loaded method takes and gives.
 
         Raises:
             EngineError: ExecuTorch cannot tell.

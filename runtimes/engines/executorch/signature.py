@@ -105,13 +105,13 @@ def _encoder(encoder: EncoderFacts, width: int, hidden_size: int) -> dict[str, S
 
 
 def check_signatures(path: Path, found: Mapping[str, Signature], expected: Mapping[str, Signature]) -> None:
-    """Compare a program's signatures with the manifest's.
+    """Compare the signatures of a program's loaded methods with the manifest's.
 
     Raises:
         BundleError: naming the first method that differs.
     """
     for name, wanted in expected.items():
-        if found[name] != wanted:
+        if name in found and found[name] != wanted:
             raise BundleError(
                 f"{path}: {name} computes {found[name]}, by the manifest it were {wanted}",
                 hint="program and manifest belong to different bundles; export or copy the bundle again",

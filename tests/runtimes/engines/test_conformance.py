@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle
 from skipstone.errors import ContextFullError
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.engines.eager import EagerEngine
+from skipstone.runtimes.engines.placement import Placement, open_placed
 from skipstone.runtimes.session import Session
 from tests.runtimes.conftest import VOCAB
 from tests.runtimes.session_machine import make_machine
@@ -30,7 +30,7 @@ PROMPT = [68, 69, 70, 32, 71, 72, 40, 300, 12, 9, 301]
 TREE = [(5, ROOT), (6, 0), (7, 1), (8, 0), (9, 3), (10, ROOT), (11, 5), (12, 0), (13, 3)]
 
 
-# Llama's rows leave llama.cpp by `nextn`, Qwen3's by the callback.
+# Llama's rows leave llama.cpp by `nextn`, Qwen3's by the callback. What owns which segment, where there are two bundles.
 BUNDLES = {
     "gguf-llama": ("tiny_bundle", "tiny_checkpoint"),
     "gguf-qwen3": ("tiny_qwen_bundle", "tiny_qwen_checkpoint"),
@@ -40,15 +40,34 @@ BUNDLES = {
     "onnx-qwen3": ("tiny_qwen_onnx_bundle", "tiny_qwen_checkpoint"),
     "onnx-narrow": ("tiny_narrow_onnx_bundle", "tiny_checkpoint"),
 }
+PLACEMENTS = {
+    "executorch, then gguf": ("tiny_bundle", "tiny_executorch_bundle", (1, 0, 0)),
+    "gguf, then executorch": ("tiny_bundle", "tiny_executorch_bundle", (0, 1, 1)),
+    "gguf, then onnx": ("tiny_bundle", "tiny_onnx_bundle", (0, 1, 1)),
+    "narrow onnx, then gguf": ("tiny_bundle", "tiny_narrow_onnx_bundle", (1, 0, 0)),
+    "executorch amid gguf": ("tiny_qwen_bundle", "tiny_qwen_executorch_bundle", (0, 1, 0)),
+}
+CHECKPOINTS = {name: checkpoint for name, (_, checkpoint) in BUNDLES.items()} | {
+    name: "tiny_qwen_checkpoint" if "qwen" in bundle else "tiny_checkpoint"
+    for name, (bundle, _, _) in PLACEMENTS.items()
+}
 
 
-@pytest.fixture(scope="module", params=list(BUNDLES))
+def opened(request: pytest.FixtureRequest, name: str) -> Engine:
+    """The engine of one of these bundles or placements."""
+    options = EngineOptions(threads=1)
+    if name in BUNDLES:
+        return open_engine(request.getfixturevalue(BUNDLES[name][0]), options)
+    first, other, owners = PLACEMENTS[name]
+    bundles = request.getfixturevalue(first), request.getfixturevalue(other)
+    return open_placed(Placement(bundles, owners), options)
+
+
+@pytest.fixture(scope="module", params=list(CHECKPOINTS))
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, EagerEngine]]:
-    """A bundle on its engine, and its checkpoint in torch."""
-    bundle_name, checkpoint_name = BUNDLES[request.param]
-    bundle: Bundle = request.getfixturevalue(bundle_name)
-    checkpoint: Path = request.getfixturevalue(checkpoint_name)
-    engine = open_engine(bundle, EngineOptions(threads=1))
+    """A bundle on its engine, or two bundles on theirs, and the checkpoint in torch."""
+    checkpoint: Path = request.getfixturevalue(CHECKPOINTS[request.param])
+    engine = opened(request, request.param)
     yield engine, EagerEngine.from_checkpoint(checkpoint, (1, 2), engine.draft_vocabulary)
     engine.close()
 
@@ -132,11 +151,11 @@ def test_discarded_trees_leave_nothing_behind(session: Session) -> None:
     np.testing.assert_allclose(expected[2], expected[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("which", [bundle for bundle, _ in BUNDLES.values()])
+@pytest.mark.parametrize("which", list(CHECKPOINTS))
 def test_any_sequence_of_operations_agrees_with_plain_prefill(
     request: pytest.FixtureRequest, which: str
 ) -> None:
-    engine = open_engine(request.getfixturevalue(which), EngineOptions(threads=1))
+    engine = opened(request, which)
     inner = {exit_layer: Session(engine, 16) for exit_layer in engine.exits}
 
     @cache
@@ -224,9 +243,9 @@ def test_returned_logits_stay_when_the_session_goes_on(session: Session) -> None
     np.testing.assert_array_equal(inner, inner_kept)
 
 
-@pytest.mark.parametrize("which", [bundle for bundle, _ in BUNDLES.values()])
+@pytest.mark.parametrize("which", list(CHECKPOINTS))
 def test_closing_twice_is_harmless(request: pytest.FixtureRequest, which: str) -> None:
-    engine = open_engine(request.getfixturevalue(which), EngineOptions(threads=1))
+    engine = opened(request, which)
     session = Session(engine, 32)
     session.close()
     session.close()
