@@ -28,6 +28,7 @@ from skipstone.bundle import (
     write_manifest,
 )
 from skipstone.errors import UsageError
+from skipstone.exporters import lexicon
 from skipstone.exporters.formats import Artefacts, ExportOptions, Progress, Step, exporter_of
 from skipstone.exporters.quality import held_out_texts, measure_quality
 from skipstone.exporters.selftest import SelfTest, run_self_test
@@ -172,18 +173,22 @@ def _self_test(artefacts: Artefacts) -> SelfTest:
         probe=artefacts.probe,
         min_agreement=artefacts.min_agreement,
         reference_tolerance=artefacts.reference_tolerance,
+        slack=artefacts.slack,
     )
 
 
 def _manifest(source: str, device: str, artefacts: Artefacts, folder: Path) -> Manifest:
+    words = lexicon.carry_over(artefacts.reference, artefacts.model, folder)
+    files = artefacts.files if words is None else (*artefacts.files, words)
     return artefacts.manifest(
         device=device,
         model=artefacts.model,
         exits=artefacts.exits,
         draft_table=artefacts.draft_table,
+        lexicon=words,
         quantization=artefacts.quantization,
         parity=_UNTESTED if artefacts.runs_here else None,
-        files=tuple(describe_file(folder, name) for name in artefacts.files),
+        files=tuple(describe_file(folder, name) for name in files),
         provenance=Provenance(
             source=source,
             source_sha256=artefacts.source_sha256,

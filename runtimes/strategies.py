@@ -14,12 +14,16 @@ from skipstone.runtimes.drafters.draft_model import DraftModelMaker
 from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
 from skipstone.runtimes.drafters.gated import GatedDrafter
 from skipstone.runtimes.drafters.growth import GrowthOptions
+from skipstone.runtimes.drafters.lexicon import Amendments, Followed
 from skipstone.runtimes.drafters.mixed import MixedDrafter
 from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.drafters.table import NGramTable, TableDrafter
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import FixedPolicy, Policy
 from skipstone.runtimes.policies.auto import AutoPolicy
+
+# Where a lexicon knows better: that the source is right, that the lexicon is.
+_AS_IT_IS, _AMENDED = 0.25, 0.6
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Materials:
         draft_model: makes the draft model's drafter with a given source and shape, or None without a draft model.
         guide: gives the tokens of the user's guide, or None without one.
         begins: gives the tokens that begin a word, or None where nothing is known of the vocabulary.
+        amendments: how a lexicon reads sources, or None without one.
     """
 
     engine: Engine
@@ -75,15 +80,19 @@ class Materials:
     draft_model: DraftModelMaker | None = None
     guide: Guide | None = None
     begins: Callable[[], Container[int]] | None = None
+    amendments: Amendments | None = None
 
     def guided(self) -> list[Drafter]:
         """What copies from a text that the output may resemble: an encoder-decoder's source, the user's guide."""
         begins = self.begins() if self.begins and (self.guide or self.engine.encoder) else None
         parts: list[Drafter] = []
-        if self.engine.encoder is not None:
+        if self.engine.encoder is not None and self.amendments is None:
             parts.append(AggressiveDrafter(begins=begins))
-        if self.guide is not None:
-            parts.append(AggressiveDrafter(self.guide, "guide", begins))
+        elif self.amendments is not None:
+            parts.append(AggressiveDrafter(self.amendments.source, begins=begins, doubt=_AS_IT_IS))
+            parts.append(AggressiveDrafter(self.amendments.amended, "lexicon", begins, _AMENDED))
+        if (guide := self.guide) is not None:
+            parts.append(AggressiveDrafter(lambda _source: Followed(tuple(guide())), "guide", begins))
         return parts
 
     def guide_drafter(self) -> Drafter | None:

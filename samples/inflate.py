@@ -40,12 +40,13 @@ from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
 from skipstone.exporters.draft_table import DRAFT_TABLE_FILE
 from skipstone.exporters.draft_vocabulary import FREQUENCIES_FILE
 from skipstone.exporters.exits import EXITS_FILE, recorded_exits
+from skipstone.exporters.lexicon import LEXICON_FILE
 
 Measures = TypeVar("Measures")
 _PROBE_LENGTH = 24
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-    "chat_template.jinja", FREQUENCIES_FILE, DRAFT_TABLE_FILE,
+    "chat_template.jinja", FREQUENCIES_FILE, DRAFT_TABLE_FILE, LEXICON_FILE,
 )  # fmt: skip
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerFast
 
 from skipstone.exporters.draft_table import write_draft_material
+from skipstone.exporters.lexicon import LEXICON_FILE, count_words
 from skipstone.exporters.tune import pairs
 from skipstone.exporters.tune.card import Description, table
 from skipstone.exporters.tune.dictionary import dictionary_corrector
@@ -80,7 +81,7 @@ class Seq2SeqTask:
         )
 
     def write_beside(self, evaluation: Evaluation, folder: Path) -> None:
-        """The exits that were trained, the figures of correction, token frequencies and a draft table."""
+        """The exits that were trained, the figures of correction, token frequencies, a draft table and a lexicon."""
         trained = {
             name: [figures.exit for figures in exits if figures.trained]
             for name, exits in (
@@ -93,6 +94,7 @@ class Seq2SeqTask:
             evaluation.correction.save(folder / "correction_report.json")
         tokens = token_stream(self.tokenizer.backend_tokenizer, self.corpus.train)
         write_draft_material(tokens, len(self.tokenizer), pairs.END_ID, folder)
+        count_words(self.corpus.train).save(folder / LEXICON_FILE)
 
     def describe(self, evaluation: Evaluation) -> Description:
         """What a small corrector does, how well, and what it is not."""

@@ -11,6 +11,9 @@ last tokens occur at exactly one place of the input. Here the place is a belief,
 
 A misspelt word has more tokens than the right one, so where the next word begins says more than any number of tokens.
 
+Where a lexicon would read the source in another way, both ways are drafted, by two drafters that doubt their own at that
+place (`skipstone.runtimes.drafters.lexicon`).
+
 Every pointer drafts its chain, so right after a correction the draft is a small tree of alignments; with none likely
 enough there is no draft. What a pointer is worth, by how long it has been right, is learned from what is generated.
 """
@@ -21,14 +24,17 @@ from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
+from skipstone.runtimes.drafters.lexicon import Followed
 from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.tree import TokenTree
 
 Guide = Callable[[], Sequence[int]]
+Follow = Callable[[Sequence[int]], Followed]
 
 # Probability that a pointer is right: after so many copied tokens (3 means or more), or corrections (-2 likewise).
 _PRIOR = {-2: 0.2, -1: 0.4, 0: 0.65, 1: 0.85, 2: 0.92, 3: 0.96}
 _FEWEST, _MOST = min(_PRIOR), max(_PRIOR)
+_DOUBTFUL = _MOST + 1  # where that of a doubtful place is kept, whatever the run
 # Probability that a correction replaced 0, 1, 2 or 3 tokens of the guide, or one or two words.
 _MOVES = (0.15, 0.1, 0.05, 0.1, 0.45, 0.15)
 _EVIDENCE = 4.0  # for each token that a suffix occurs with elsewhere, against a replacement
@@ -57,18 +63,23 @@ class AggressiveDrafter:
     """See `skipstone.runtimes.drafters.base.Drafter`.
 
     Args:
-        guide: asked at every new sequence for tokens that the output may resemble; None: the encoder-decoder's source
-            is it, its end token included.
+        follow: asked at every new sequence, given the encoder-decoder's source, for what the output may resemble; None:
+            the source is it, its end token included.
         name: for statistics.
         begins: tokens that begin a word; None: every token is one.
+        doubt: probability, before anything is learned, that what is followed is right at one of its doubtful places.
     """
 
     def __init__(
-        self, guide: Guide | None = None, name: str = "aggressive", begins: Container[int] | None = None
+        self,
+        follow: Follow | None = None,
+        name: str = "aggressive",
+        begins: Container[int] | None = None,
+        doubt: float = 0.5,
     ) -> None:
         self.name = name
-        self._ask, self._begins = guide, begins
-        self._trust = dict(_PRIOR)
+        self._follow, self._begins = follow, begins
+        self._trust = {**_PRIOR, _DOUBTFUL: doubt}
         self._moves = list(_MOVES)
         self.reset(())
 
@@ -77,7 +88,8 @@ class AggressiveDrafter:
 
         An encoder-decoder's text begins after its start token, a decoder's answer after the prompt.
         """
-        self._guide = tuple(source if self._ask is None else self._ask())
+        followed = Followed(tuple(source)) if self._follow is None else self._follow(source)
+        self._guide, self._doubtful = followed
         self._places: dict[int, list[int]] = {}
         for place, token in enumerate(self._guide):
             self._places.setdefault(token, []).append(place)
@@ -91,8 +103,9 @@ class AggressiveDrafter:
         nodes: dict[tuple[int, int], int] = {}
         for pointer in self._ahead(request.context):
             score, parent, run = pointer.weight, ROOT, pointer.run
-            for token in self._guide[pointer.position : pointer.position + request.limit]:
-                score *= self._trust[run]
+            first = pointer.position
+            for place, token in enumerate(self._guide[first : first + request.limit], first):
+                score *= self._trusted(place, run)
                 if score < request.floor:
                     break
                 node = nodes.get((parent, token))
@@ -125,7 +138,7 @@ class AggressiveDrafter:
     def _after(self, pointers: tuple[Pointer, ...], text: Sequence[int], at: int) -> tuple[Pointer, ...]:
         """The pointers once text[at] has followed."""
         kept = [
-            Pointer(p.position + 1, _copied(p.run), p.weight * self._trust[p.run])
+            Pointer(p.position + 1, _copied(p.run), p.weight * self._trusted(p.position, p.run))
             for p in pointers
             if self._foretells(p, text[at])
         ]
@@ -154,6 +167,10 @@ class AggressiveDrafter:
             length += 1
         return length
 
+    def _trusted(self, place: int, run: int) -> float:
+        """Probability that the guide goes on right at a place."""
+        return self._trust[_DOUBTFUL if place in self._doubtful else run]
+
     def _foretells(self, pointer: Pointer, token: int) -> bool:
         return pointer.position < len(self._guide) and self._guide[pointer.position] == token
 
@@ -162,8 +179,9 @@ class AggressiveDrafter:
         right: set[int] = set()
         for p in self._pointers:
             hit = self._foretells(p, token)
-            trust = self._trust[p.run] + _LEARNING * p.weight * (hit - self._trust[p.run])
-            self._trust[p.run] = min(trust, _SURE)
+            kind = _DOUBTFUL if p.position in self._doubtful else p.run
+            trust = self._trust[kind] + _LEARNING * p.weight * (hit - self._trust[kind])
+            self._trust[kind] = min(trust, _SURE)
             if hit:
                 right.update(p.moves)
         total = sum(self._moves[move] for move in right)

@@ -246,6 +246,7 @@ class ManifestBase(Record):
     model: ModelFacts
     exits: tuple[int, ...]
     draft_table: str | None = None
+    lexicon: str | None = None
     tokenizer: str = "tokenizer.json"
     quantization: Quantization
     parity: Parity | None
@@ -264,7 +265,8 @@ class ManifestBase(Record):
     def contents(self) -> dict[str, str]:
         """What each named file holds, for people."""
         table = {} if self.draft_table is None else {self.draft_table: "n-gram table to draft from"}
-        return {self.tokenizer: "tokenizer", **table, **self._artefacts()}
+        words = {} if self.lexicon is None else {self.lexicon: "words to draft corrections from"}
+        return {self.tokenizer: "tokenizer", **table, **words, **self._artefacts()}
 
     def _artefacts(self) -> dict[str, str]:
         """The part of `contents` that the format's own entries name."""

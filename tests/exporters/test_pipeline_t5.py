@@ -14,11 +14,14 @@ from transformers import T5ForConditionalGeneration
 
 from samples.random_weights import main as random_weights
 from skipstone.bundle import Bundle, gguf_manifest, open_bundle
-from skipstone.errors import CheckpointError, ExportError, SkipstoneError, UsageError
+from skipstone.errors import BundleError, CheckpointError, ExportError, SkipstoneError, UsageError
 from skipstone.exporters.formats.gguf import cut, cut_t5, t5
 from skipstone.exporters.formats.gguf.cut import Cut
 from skipstone.exporters.formats.gguf.parts import GgufModel, TensorPart, renamed
+from skipstone.exporters.lexicon import LEXICON_FILE
 from skipstone.exporters.pipeline import export_checkpoint
+from skipstone.model import load_amendments, load_model
+from skipstone.runtimes.drafters.lexicon import Lexicon
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.session import Session
 from tests.exporters.conftest import MakeTiny
@@ -125,6 +128,29 @@ def test_the_manifest_tells_encoder_and_decoder_apart(tiny_t5: MakeTiny, tmp_pat
     assert [(part.first, part.stop) for part in manifest.segments] == [(0, 1), (1, 3)]
     reference = T5ForConditionalGeneration.from_pretrained(tiny_t5("flan-t5"))
     assert model.parameters == reference.num_parameters()
+
+
+def test_a_lexicon_beside_the_checkpoint_comes_along_and_is_drafted_from(
+    tiny_t5: MakeTiny, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(tiny_t5("t5"), tmp_path / "checkpoint")
+    Lexicon({"the": 9, "list": 3}).save(checkpoint / LEXICON_FILE)
+    bundle = export_checkpoint(checkpoint, tmp_path / "out", quantize="f32", exits=(1,))
+    assert bundle.manifest.lexicon == LEXICON_FILE
+    with load_model(bundle.path) as model:
+        plain, drafted = (
+            model.generate(source="teh lst", max_new_tokens=12, strategy=strategy, ignore_eos=True)
+            for strategy in ("plain", "aggressive")
+        )
+        assert drafted.tokens == plain.tokens
+        amendments = load_amendments(bundle, model.codec)
+        assert amendments is not None
+        amended = amendments.amended(model.codec.source("teh lst"))
+        assert model.codec.decode(amended.tokens) == "The list"
+    (checkpoint / LEXICON_FILE).write_text("[]")
+    with pytest.raises(BundleError, match=r"lexicon\.json"):
+        export_checkpoint(checkpoint, tmp_path / "other", quantize="f32", exits=(1,))
+    assert not (tmp_path / "other").exists()
 
 
 def test_exits_recorded_with_a_checkpoint_are_taken_for_both_stacks(

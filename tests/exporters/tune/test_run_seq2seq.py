@@ -14,9 +14,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 
 from skipstone.errors import SkipstoneError
 from skipstone.exporters.exits import recorded_encoder_exits, recorded_exits
+from skipstone.exporters.lexicon import LEXICON_FILE
 from skipstone.exporters.tune.evaluate import ExitReport
 from skipstone.exporters.tune.evaluate_seq2seq import CorrectionReport
 from skipstone.exporters.tune.run import TuneOptions, tune
+from skipstone.runtimes.drafters.lexicon import Lexicon
 from tests.exporters.tune.conftest import TINY_T5
 
 RECIPE = """
@@ -106,6 +108,8 @@ def test_the_output_is_a_checkpoint_with_its_exits_reports_plot_and_card(options
     assert set(correction) == {"uncorrected", "dictionary", "model"}
     assert correction["uncorrected"].recall == 0.0
     assert correction["dictionary"].recall > 0.0
+    lexicon = Lexicon.load(chosen.output / LEXICON_FILE)
+    assert lexicon.amend("Tha lsit.") == "The list."
     card = (chosen.output / "README.md").read_text()
     assert chosen.command() in card
     assert "text2text-generation" in card

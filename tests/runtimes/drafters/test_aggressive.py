@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from skipstone.runtimes.drafters.aggressive import AggressiveDrafter
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
+from skipstone.runtimes.drafters.lexicon import Followed
 from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
@@ -131,7 +132,7 @@ def test_without_a_source_nothing_is_drafted() -> None:
 
 
 def test_a_guide_given_by_the_user_is_drafted_after_a_decoders_prompt() -> None:
-    drafter = AggressiveDrafter(lambda: [70, 71, 72, 73], "guide")
+    drafter = AggressiveDrafter(lambda _source: Followed((70, 71, 72, 73)), "guide")
     drafter.reset([3, 4, 5])
     assert paths(drafter.propose(request([3, 4, 5]))) == [[70, 71, 72, 73]]
     assert paths(drafter.propose(request([3, 4, 5, 70, 71]))) == [[72, 73]]
