@@ -46,15 +46,11 @@ class KeyValueStore:
             present: in the order of the arrays, [1, heads, n or more, size]; what comes after n rows is left out.
         """
         self._make_room(max(slots) + 1)
-        count, first, last = len(slots), slots[0], slots[-1]
-        if last - first + 1 == count and list(slots) == list(range(first, last + 1)):
-            where: slice | list[int] = slice(first, last + 1)
-        else:
-            where = list(slots)
+        count, first = len(slots), slots[0]
+        follow = all(slot == first + index for index, slot in enumerate(slots))
+        where: slice | list[int] = slice(first, first + count) if follow else list(slots)
         for kept, new in zip(self.arrays[segment].values(), present, strict=True):
-            kept[0, :, where] = (
-                new[0, :, :count] if isinstance(where, slice) else new[0, :, :count].swapaxes(0, 1)
-            )
+            kept[:, :, where] = new[:, :, :count]
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy slots to other slots in every layer; all are read before one is written."""
@@ -64,7 +60,7 @@ class KeyValueStore:
         read, written = list(sources), list(targets)
         for arrays in self.arrays.values():
             for kept in arrays.values():
-                kept[0, :, written] = kept[0, :, read]
+                kept[:, :, written] = kept[:, :, read]
 
     def _make_room(self, needed: int) -> None:
         if needed <= self.capacity:
