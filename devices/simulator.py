@@ -4,9 +4,10 @@
     >>> device = Device(read_curve(Path("phone.json")), widths=(1, 4, 8))      # static batches, padded
     >>> simulate(trace, Plan("staged"), device, measure_host(trace)).tokens_per_second
 
-A round costs what the curve says for its calls, times how far the engine of the trace exceeded its own curve (contexts
-grow past the one that the curve is measured with), and the host's time, which is measured on the trace or stated. What
-was accepted is the record's: it belongs to the model, not to the device.
+A round costs what the curve says for its calls, times how far the engine of the trace exceeded its own curve with this
+strategy (contexts grow past the one that the curve is measured with, chains are cheaper than its trees), and the host's
+time, which is measured on the trace or stated. What was accepted is the record's: it belongs to the model, not to the
+device.
 """
 
 from __future__ import annotations
@@ -88,12 +89,14 @@ class Host:
     """What a round costs outside the engine's calls: proposing, accepting, bookkeeping.
 
     Attributes:
-        stretch: the engine's seconds over those of its own curve, on the trace.
+        stretch: the engine's seconds over those of its own curve, on the whole trace.
+        stretches: the same by strategy.
         stated: seconds per round, whatever it does; None: as measured.
         fits: by (strategy, drafter): seconds of a round, and more for every draft in it.
     """
 
     stretch: float = 1.0
+    stretches: Mapping[str, float] = field(default_factory=dict)
     stated: float | None = None
     fits: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
@@ -145,16 +148,21 @@ def measure_host(trace: Trace) -> Host:
     """The host's time per round, by strategy and drafter, as a line over the number of drafts: least squares."""
     header = trace.header
     own = Device(header.curve, None if header.draft_model is None else header.draft_model.curve)
-    predicted = engine = 0.0
+    predicted: defaultdict[str, float] = defaultdict(float)
+    engine: defaultdict[str, float] = defaultdict(float)
     samples: defaultdict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
     for run in trace.runs:
         for each in run.rounds:
-            predicted += sum(own.seconds(*call) for call in as_it_ran(each).calls)
-            engine += each.engine_seconds
-            key = run.strategy, each.drafter
-            samples[key].append((len(each.parents), max(0.0, each.seconds - each.engine_seconds)))
-    fits = {key: _line(found) for key, found in samples.items()}
-    return Host(engine / predicted if predicted > 0 else 1.0, None, fits)
+            predicted[run.strategy] += sum(own.seconds(*call) for call in as_it_ran(each).calls)
+            engine[run.strategy] += each.engine_seconds
+            beyond = max(0.0, each.seconds - each.engine_seconds)
+            samples[run.strategy, each.drafter].append((len(each.parents), beyond))
+    known = [strategy for strategy, seconds in predicted.items() if seconds > 0]
+    return Host(
+        stretch=sum(engine.values()) / sum(predicted.values()) if known else 1.0,
+        stretches={strategy: engine[strategy] / predicted[strategy] for strategy in known},
+        fits={key: _line(found) for key, found in samples.items()},
+    )
 
 
 def simulate(trace: Trace, plan: Plan, device: Device, host: Host) -> Prediction:
@@ -172,13 +180,14 @@ def simulate(trace: Trace, plan: Plan, device: Device, host: Host) -> Prediction
     """
     runs = _runs(trace, plan, device)
     segments = len(trace.header.curve.exits)
+    stretch = host.stretches.get(plan.strategy, host.stretch)
     tokens = rounds = 0
     spent = waited = 0.0
     for each in chain.from_iterable(run.rounds for run in runs):
         drafter = "" if plan.strategy == PLAIN else each.drafter
         for work in _works(each, plan, segments):
             tokens, rounds = tokens + work.tokens, rounds + 1
-            spent += host.stretch * sum(device.seconds(*call) for call in work.calls)
+            spent += stretch * sum(device.seconds(*call) for call in work.calls)
             waited += host.seconds(plan.strategy, drafter, work.drafted)
     return Prediction(plan, tokens, rounds, spent, waited)
 

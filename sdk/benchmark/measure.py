@@ -129,6 +129,7 @@ def measure_interleaved(
     inputs: Sequence[ModelInput],
     repeats: int,
     progress: Callable[[Progress], None],
+    between: Callable[[], None] | None = None,
 ) -> list[Series]:
     """Run every strategy on every input, taking turns, so that a slow spell of the machine hits all of them.
 
@@ -139,6 +140,7 @@ def measure_interleaved(
         inputs: token ids.
         repeats: passes over the inputs.
         progress: told before every generation.
+        between: called when every strategy has had its turn on an input; None: nothing is done then.
     """
     found: dict[str, list[tuple[Sample, ...]]] = {strategy: [] for strategy in strategies}
     total, done = repeats * len(inputs) * len(strategies), 0
@@ -151,6 +153,8 @@ def measure_interleaved(
                 progress(Progress(done, total, strategy))
                 taken[strategy].append(runners[strategy](given))
                 done += 1
+            if between is not None:
+                between()
         for strategy in strategies:
             found[strategy].append(tuple(taken[strategy]))
     return [Series(strategy, tuple(passes)) for strategy, passes in found.items()]

@@ -60,6 +60,7 @@ class _Report(BaseModel):
     schema_version: Literal[1]
     bundle: _Facts
     cost: CostCurve
+    cost_followed: CostCurve | None = None
     rows: tuple[_Row, ...]
 
 
@@ -96,7 +97,9 @@ def read_report(path: Path) -> MeasuredDevice:
             f"--against {path}: no benchmark's report: {where}: {first['msg']}", hint=_HINT
         ) from error
     rates = {row.strategy: row.tokens_per_second for row in found.rows if row.tokens_per_second > 0}
-    return MeasuredDevice(path.stem, found.cost, (*found.bundle.exits, found.bundle.num_layers), rates)
+    return MeasuredDevice(
+        path.stem, found.cost_followed or found.cost, (*found.bundle.exits, found.bundle.num_layers), rates
+    )
 
 
 def compare(

@@ -54,6 +54,7 @@ class Report:
         rows: `plain` first, then as asked, baselines last.
         prompts, repeats, max_new_tokens, threads, context_length, sampling: how it was run.
         cost: the cost curve, measured at the start or given.
+        cost_followed: the curve on this machine as sampled all along; None: it was not followed.
         command: the command line.
         started: ISO time, UTC.
         seconds: the whole benchmark took.
@@ -72,13 +73,17 @@ class Report:
     kv_type: str
     temperature: float
     cost: CostCurve
+    cost_followed: CostCurve | None
     command: tuple[str, ...]
     started: str
     seconds: float
 
     def as_json(self) -> dict[str, object]:
         """The report as plain JSON values."""
-        return {"schema_version": SCHEMA_VERSION} | asdict(self) | {"cost": self.cost.model_dump(mode="json")}
+        curves = {"cost": self.cost.model_dump(mode="json")}
+        if self.cost_followed is not None:
+            curves["cost_followed"] = self.cost_followed.model_dump(mode="json")
+        return {"schema_version": SCHEMA_VERSION} | asdict(self) | curves
 
 
 def bundle_facts(bundle: Bundle) -> BundleFacts:

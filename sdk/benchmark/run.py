@@ -63,6 +63,8 @@ class BenchOptions:
         whole_gguf: the uncut model.
         memory: measure every strategy's peak memory in a process of its own.
         curve: file with a cost curve to plan with instead of measuring one.
+        follow_costs: sample the cost curve between the texts too, for the report and the trace: over many minutes a
+            machine's speed drifts away from a curve measured at the start.
         trace: file to record the first pass in (`skipstone.devices.traces`); None: nothing is recorded.
         command: the command line, for the report.
     """
@@ -85,6 +87,7 @@ class BenchOptions:
     whole_gguf: Path | None = None
     memory: bool = True
     curve: Path | None = None
+    follow_costs: bool = False
     trace: Path | None = None
     command: tuple[str, ...] = ()
 
@@ -140,6 +143,7 @@ def run_bench(
             kv_type=bench.kv_type,
             temperature=options.sampling.temperature,
             cost=bench.target.curve,
+            cost_followed=bench.target.followed,
             command=options.command,
             started=started.isoformat(timespec="seconds"),
             seconds=time.perf_counter() - began,
@@ -187,7 +191,8 @@ class _Bench:
         self._runner(PLAIN, warm_up)(self.inputs[0])
         control = (CONTROL,) if options.control else ()
         every = (*self.strategies, *control, *self._baselines)
-        found = measure_interleaved(self._runner, every, self.inputs, options.repeats, progress)
+        follow = self._follow_costs if options.follow_costs else None
+        found = measure_interleaved(self._runner, every, self.inputs, options.repeats, progress, follow)
         plain = found[0]
         return [self._row(series, plain) for series in found]
 
@@ -204,6 +209,11 @@ class _Bench:
             )
         memory = peak_rss_mb(self._memory_request(series.strategy)) if self._options.memory else None
         return make_row(series, plain, matches, self.target.costs.plain, memory)
+
+    def _follow_costs(self) -> None:
+        self.target.follow_costs()
+        if self._draft is not None:
+            self._draft.follow_costs()
 
     def _runner(self, strategy: str, limits: GenerationLimits | None = None) -> Runner:
         if strategy in self._baselines:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from skipstone.benchmark.meter import MeteredEngine, part_bytes
 from skipstone.benchmark.tracing import Recorder, TracedPolicy, witnessed
 from skipstone.bundle import Bundle, CostCurve
-from skipstone.devices.cost import measure
+from skipstone.devices.cost import CurveSampler, measure
 from skipstone.devices.curves import MeasuredCurve, new_curve
 from skipstone.model import load_draft_table, open_draft_bundle
 from skipstone.runtimes.costs import CostModel
@@ -46,6 +46,7 @@ class Subject:
     ) -> None:
         facts = bundle.manifest.model
         self.bundle, self._options, self._planned = bundle, options, curve
+        self._sampler: CurveSampler | None = None
         bos = facts.bos_token_id if facts.add_bos else None
         self.codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size, bos)
         self.table = load_draft_table(bundle)
@@ -64,13 +65,27 @@ class Subject:
             self._raw.close()
             raise
 
+    def follow_costs(self) -> None:
+        """Take one more sample of the curve; the session's content is lost."""
+        if self._sampler is None:
+            self._sampler = CurveSampler(self.session)
+        self._sampler.sweep(timed=False)
+        self._sampler.sweep()
+
+    @property
+    def followed(self) -> CostCurve | None:
+        """The curve over the samples of `follow_costs`; None without any."""
+        return None if self._sampler is None else self._sampler.curve()
+
     def own_curve(self) -> MeasuredCurve:
-        """The curve on this machine, measured now if another one was given.
+        """The curve on this machine: as followed, else as measured at the start, or now if another one was given.
 
         Raises:
             ValidationError: the engine takes single rows only, say.
         """
-        curve = self.curve if self._planned is None else measure(self._raw, budget_seconds=COST_SECONDS)
+        curve = self.followed or (
+            self.curve if self._planned is None else measure(self._raw, budget_seconds=COST_SECONDS)
+        )
         return new_curve(self.bundle, self._raw, self._options, curve, COST_SECONDS)
 
     def restart(self) -> None:

@@ -61,7 +61,7 @@ class Tracer:
             model=model.name,
             quantization=target.bundle.manifest.quantization.scheme,
             curve=own,
-            planned_with=None if own.curve == target.curve else target.curve.machine,
+            planned_with=None if target.curve.machine == own.curve.machine else target.curve.machine,
             draft_model=None
             if draft is None
             else DraftModelFacts(model=draft.bundle.manifest.model.name, curve=_own_curve(draft)),

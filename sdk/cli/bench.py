@@ -70,6 +70,12 @@ def bench(
         Path | None,
         typer.Option(help="Record the first pass round by round in this file, for skipstone simulate."),
     ] = None,
+    follow_costs: Annotated[
+        bool,
+        typer.Option(
+            "--follow-costs", help="Sample the costs between the prompts too, for skipstone simulate."
+        ),
+    ] = False,
     curve: flags.Curve = None,
     curve_only: Annotated[
         bool,
@@ -122,6 +128,7 @@ def bench(
         whole_gguf=whole_gguf,
         memory=not no_memory,
         curve=curve,
+        follow_costs=follow_costs,
         trace=trace,
         command=("skipstone", *sys.argv[1:]),
     )

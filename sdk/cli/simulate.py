@@ -183,6 +183,7 @@ def _about(trace: Trace, host: Host) -> dict[str, object]:
         "quantization": header.quantization,
         "recorded_on": header.curve.key.model_dump(mode="json"),
         "stretch": host.stretch,
+        "stretches": dict(host.stretches),
         "host_seconds_per_round": host.stated,
     }
 

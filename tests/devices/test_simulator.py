@@ -108,9 +108,31 @@ def test_an_engine_slower_than_its_curve_is_taken_to_be_so_elsewhere(bench: Benc
     half = curve_of(5e-4, 5e-4, 0.1, head=5e-5)  # the curve on file says half of what calls took
     recorded, measured = bench.run("layerskip", HERE, believed=FLAT)
     host = measure_host(trace_of(half, recorded))
-    assert host.stretch == pytest.approx(2.0, rel=0.01)
+    assert host.stretch == host.stretches["layerskip"] == pytest.approx(2.0, rel=0.01)
     predicted = simulate(trace_of(half, recorded), Plan("layerskip"), Device(half), host)
     assert predicted.tokens_per_second == pytest.approx(measured, rel=0.02)
+
+
+def test_a_strategy_whose_calls_leave_the_curve_behind_does_not_burden_the_others(bench: Bench) -> None:
+    plain, measured = bench.run("plain", HERE)
+    chains, _ = bench.run("layerskip", HERE, believed=FLAT)
+    slowed = chains.model_copy(
+        update={
+            "rounds": tuple(
+                each.model_copy(
+                    update={"engine_seconds": 3 * each.engine_seconds, "seconds": 3 * each.seconds}
+                )
+                for each in chains.rounds
+            )
+        }
+    )
+    trace = trace_of(HERE, plain, slowed)
+    host = measure_host(trace)
+    assert host.stretches["plain"] == pytest.approx(1.0, rel=1e-3)
+    assert host.stretches["layerskip"] == pytest.approx(3.0, rel=0.01)
+    assert 1.5 < host.stretch < 3.0
+    predicted = simulate(trace, Plan("plain"), Device(HERE), host)
+    assert predicted.tokens_per_second == pytest.approx(measured, rel=0.01)
 
 
 def test_a_stated_time_of_the_host_takes_the_place_of_the_measured_one(bench: Bench) -> None:

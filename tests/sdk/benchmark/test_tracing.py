@@ -28,13 +28,14 @@ def test_a_trace_tells_what_the_report_counts_and_what_it_did_not_disturb(
         strategies=("prompt-lookup", "layerskip", "staged", "auto", "draft-model"),
         assistant_model=str(coder_bundle_f32),
         control=True,
+        follow_costs=True,
         trace=tmp_path / "trace.jsonl",
     )
     report = run_bench(coder_bundle_f32, options)
     trace = read_trace(tmp_path / "trace.jsonl")
     rows = {row.strategy: row for row in report.rows if row.strategy != "plain-again"}
     assert trace.strategies == tuple(rows), "every strategy, the control aside"
-    assert trace.header.curve.curve == report.cost
+    assert trace.header.curve.curve == report.cost_followed != report.cost
     assert trace.header.planned_with is None
     host = measure_host(trace)
     device = Device(trace.header.curve, trace.header.draft_model and trace.header.draft_model.curve)

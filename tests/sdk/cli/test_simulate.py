@@ -117,6 +117,17 @@ def test_cuts_widths_and_a_stated_host_are_in_the_table(
     assert "2 ms per round" in " ".join(out.split())
 
 
+def test_the_costs_that_were_followed_count_more_than_those_at_the_start(
+    trace: Path, report: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(report.read_text())
+    content |= {"cost_followed": content["cost"], "cost": HERE.curve.model_dump(mode="json")}
+    report.write_text(json.dumps(content))
+    assert all(abs(each["error"]) < 0.02 for each in read(capsys, trace, "--against", report)["comparisons"])
+    report.write_text(json.dumps(content | {"cost_followed": None}))
+    assert any(abs(each["error"]) > 0.5 for each in read(capsys, trace, "--against", report)["comparisons"])
+
+
 def test_predictions_stand_beside_what_a_report_measured(
     trace: Path, report: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
