@@ -62,6 +62,22 @@ def _export_executorch(checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def export_coder_onnx(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """From a scheme to the folder of the reference model's ONNX bundle in it; not to be changed."""
+    made: dict[str, Path] = {}
+
+    def get(scheme: str) -> Path:
+        if scheme not in made:
+            from skipstone.exporters.pipeline import export_checkpoint
+
+            made[scheme] = tmp_path_factory.mktemp("onnx") / scheme
+            export_checkpoint(coder_checkpoint, made[scheme], format="onnx", quantize=scheme)
+        return made[scheme]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def export_speller(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """From a scheme, of ExecuTorch if it says so ("executorch 8da4w"), to the shipped corrector in it."""
     made: dict[str, Path] = {}

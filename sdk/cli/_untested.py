@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from skipstone.bundle import ExecuTorchManifest, Manifest
+from skipstone.bundle import ExecuTorchManifest, Manifest, OnnxManifest
+
+_MISSING = "the exporting machine does not have it, so there was no self-test"
 
 
 def untested(manifest: Manifest) -> list[str]:
     """Lines for people; of use where the manifest has no parity figures."""
+    if isinstance(manifest, OnnxManifest):
+        return [f"made for {manifest.graphs.target}, not run: {_MISSING}"]
     if not isinstance(manifest, ExecuTorchManifest):
         return ["not run where it was exported: no self-test"]
     program = manifest.program
     shares = ", ".join(f"{method.name} {method.delegated:.0%}" for method in program.methods)
     return [
-        f"compiled for {program.target}, not run: the exporting machine does not have it, so there was no self-test",
+        f"compiled for {program.target}, not run: {_MISSING}",
         f"checked: the program opens and holds all methods; operators on {program.target}: {shares}",
     ]
