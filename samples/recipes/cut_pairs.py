@@ -2,6 +2,10 @@
 
     python samples/recipes/cut_pairs.py samples/recipes/speller.toml samples/prompts/speller_held_out.jsonl \
         --calibration samples/prompts/speller_calibration.jsonl
+    python samples/recipes/cut_pairs.py samples/recipes/speller.toml samples/prompts/speller_sparse.jsonl \
+        --count 128 --clean 0.5 --rate 0.03
+
+The second has one wrong word in twenty, as text typed with some care has; the first has the recipe's, one in six.
 
 Lines of source, the sentence with errors, and target, the clean one: spread evenly over the held-out files. No target
 occurs in a training file. Of every three sentences one goes to the first file, to measure with; the others to the
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,12 +29,19 @@ from skipstone.exporters.tune.recipe import load_recipe
 
 
 def main(
-    recipe: str, output: Path, count: int = 256, calibration: Annotated[Path | None, typer.Option()] = None
+    recipe: str,
+    output: Path,
+    count: int = 256,
+    calibration: Annotated[Path | None, typer.Option()] = None,
+    clean: Annotated[float | None, typer.Option(help="Share of sentences without an error.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Mean share of wrong words in the others.")] = None,
 ) -> None:
-    """Cut COUNT pairs to OUTPUT, and twice as many others to CALIBRATION."""
+    """Cut COUNT pairs to OUTPUT, and twice as many others to CALIBRATION; errors as the recipe's [noise] says."""
     chosen = load_recipe(recipe)
+    given = {name: value for name, value in (("clean", clean), ("rate", rate)) if value is not None}
+    noise = replace(chosen.noise, **given)
     corpus = sentence_corpus(collect(chosen.corpus))
-    pairs = held_out_pairs(corpus, chosen.noise, seed=chosen.training.seed, size=3 * count)
+    pairs = held_out_pairs(corpus, noise, seed=chosen.training.seed, size=3 * count)
     both = list(zip(pairs.sources, pairs.targets, strict=True))
     write(output, both[::3])
     if calibration is not None:
