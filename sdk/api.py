@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipstone.bundle import Bundle
     from skipstone.model import Model
+    from skipstone.placing import Place
 
 
 def load(
@@ -18,6 +19,7 @@ def load(
     kv_type: str | None = None,
     gpu_layers: int = 0,
     curve: str | os.PathLike[str] | None = None,
+    place: Place | None = None,
 ) -> Model:
     """Open a bundle for generation; see `skipstone.model.load_model`. Never imports torch."""
     from skipstone.model import load_model
@@ -29,6 +31,7 @@ def load(
         kv_type=kv_type,
         gpu_layers=gpu_layers,
         curve=curve,
+        place=place,
     )
 
 

@@ -29,6 +29,7 @@ from skipstone.devices.cost import measure
 from skipstone.devices.curves import MeasuredCurve, check_fits, kept_or_measured, read_curve
 from skipstone.errors import BundleError, UsageError
 from skipstone.inputs import ModelInput, Text, encode_input
+from skipstone.placing import Opened, Place, open_places
 from skipstone.results import Chunk, Collector, GenerationResult, GenerationStats
 from skipstone.runtimes.adaptive import AdaptiveOptions, calibrated_options, generate_adaptively
 from skipstone.runtimes.costs import CostModel
@@ -67,6 +68,7 @@ class Model:
         options: engine options.
         context_length: positions to hold; None: the model's own, at most 2,048.
         curve: cost curve to plan with; None: the one kept for this machine, or a new one.
+        place: segments that run on other bundles' engines, see `skipstone.placing`.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Model:
         options: EngineOptions | None = None,
         context_length: int | None = None,
         curve: MeasuredCurve | None = None,
+        place: Place | None = None,
     ) -> None:
         self.bundle = bundle
         self._options = options or EngineOptions()
@@ -85,9 +88,15 @@ class Model:
             facts.bos_token_id if facts.add_bos else None,
         )
         self._table = load_draft_table(bundle)
-        self.engine = open_engine(bundle, options)
+        self.opened = (
+            open_places(bundle, self._options, place)
+            if place
+            else Opened(bundle, open_engine(bundle, self._options))
+        )
+        self.engine = self.opened.engine
         try:
-            length = min(facts.context_length, 2048) if context_length is None else context_length
+            longest = min(facts.context_length, self.engine.max_context_length, 2048)
+            length = longest if context_length is None else context_length
             self.session = Session(self.engine, length)
         except Exception:
             self.engine.close()
@@ -202,7 +211,10 @@ class Model:
             kept = len(given.prompt) + len(collector.tokens) - 1
             self.session.rewind(min(self.session.length, max(0, kept)))
         tail, self.last_result = collector.finish(
-            self.session.encoder_layers, lossy=adaptive.lossy, guarantee=adaptive.guarantee
+            self.session.encoder_layers,
+            lossy=adaptive.lossy,
+            guarantee=adaptive.guarantee,
+            placement=self.opened.described,
         )
         if tail:
             yield Chunk(tail, (), 0, "")
@@ -360,6 +372,7 @@ def load_model(
     kv_type: str | None = None,
     gpu_layers: int = 0,
     curve: str | os.PathLike[str] | None = None,
+    place: Place | None = None,
 ) -> Model:
     """Open a bundle and load its weights.
 
@@ -368,16 +381,19 @@ def load_model(
         context_length: positions to hold; None: the model's own, at most 2,048.
         threads: CPU threads; None: one per core.
         kv_type: `f16` or `f32`; None: f32 for f32 bundles, f16 otherwise.
-        gpu_layers: layers to place on a GPU.
+        gpu_layers: layers to place on a GPU, from the last one on; -1: all.
         curve: file with the cost curve to plan with, from `skipstone bench --curve-only`; None: the one that was kept
             for this machine, else it is measured at first use.
+        place: segments that run on the engines of other bundles of the same checkpoint, `{0: "other/"}`; see
+            `skipstone.placing`.
 
     Raises:
         BundleError, EngineError, UsageError: naming the file or argument and what to do.
     """
     options = EngineOptions(threads=threads, kv_type=kv_type, gpu_layers=gpu_layers)
     bundle = open_bundle(path)
-    return Model(bundle, options, context_length, None if curve is None else load_curve(curve, bundle))
+    measured = None if curve is None else load_curve(curve, bundle)
+    return Model(bundle, options, context_length, measured, place)
 
 
 def load_curve(path: str | os.PathLike[str], bundle: Bundle) -> MeasuredCurve:

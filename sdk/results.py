@@ -29,6 +29,7 @@ class GenerationStats:
         encoder_layers: of an encoder-decoder, that were run over the source.
         lossy: the output may differ from plain decoding's, because `skipstone.runtimes.adaptive` was told to stop early.
         guarantee: what a calibration has shown of the difference; None: nothing.
+        placement: what ran where, where segments ran on several bundles' engines.
     """
 
     strategy: str
@@ -44,6 +45,7 @@ class GenerationStats:
     encoder_layers: int = 0
     lossy: bool = False
     guarantee: Guarantee | None = None
+    placement: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -129,7 +131,12 @@ class Collector:
         return Chunk("".join(pieces), step.tokens[:used], min(step.accepted, used), rejected)
 
     def finish(
-        self, encoder_layers: int, *, lossy: bool, guarantee: Guarantee | None = None
+        self,
+        encoder_layers: int,
+        *,
+        lossy: bool,
+        guarantee: Guarantee | None = None,
+        placement: tuple[str, ...] = (),
     ) -> tuple[str, GenerationResult]:
         """Text held back so far, and the result."""
         tail = ""
@@ -150,6 +157,7 @@ class Collector:
             encoder_layers=encoder_layers,
             lossy=lossy,
             guarantee=guarantee,
+            placement=placement,
         )
         reason = self.stop_reason or self._ended
         return tail, GenerationResult("".join(self._text), tuple(self.tokens), reason, stats)

@@ -24,6 +24,7 @@ class MemoryRequest:
     Attributes:
         strategy: of the bundle, or the baseline's name.
         prompt, source: token ids, see `skipstone.inputs.ModelInput`.
+        place: see `skipstone.placing`.
     """
 
     bundle: str
@@ -37,6 +38,7 @@ class MemoryRequest:
     assistant_model: str | None = None
     assistant_early_exit: int | None = None
     whole_gguf: str | None = None
+    place: dict[int | str, str] | None = None
 
 
 def peak_rss_mb(request: MemoryRequest) -> float:
@@ -74,6 +76,7 @@ def _serve(request: MemoryRequest) -> None:
         context_length=request.context_length,
         threads=request.threads,
         kv_type=request.kv_type,
+        place=request.place,
     ) as model:
         model.generate(
             None if request.source else request.prompt,

@@ -45,6 +45,17 @@ def part_bytes(bundle: Bundle) -> PartBytes:
     return PartBytes(tuple(size(segment) for segment in manifest.segments), head)
 
 
+def placed_bytes(owners: Sequence[Bundle], drafts: Bundle) -> PartBytes:
+    """The same where segments come from several bundles.
+
+    Args:
+        owners: the bundle of each segment.
+        drafts: the bundle of the draft head.
+    """
+    segments = (part_bytes(owner).segments[index] for index, owner in enumerate(owners))
+    return PartBytes(tuple(segments), part_bytes(drafts).draft_head)
+
+
 def _method_bytes(program: ProgramEntry | GraphsEntry, num_segments: int) -> PartBytes:
     """The last segment is read together with the head."""
     segments = [program.weight_bytes(f"segment_{index}") for index in range(num_segments)]

@@ -22,6 +22,8 @@ def show(report: Report, console: Console) -> None:
         f"tokens × {report.repeats}, {report.threads} threads, {report.machine.processor}",
         highlight=False,
     )
+    for where in report.placement:
+        console.print(where, highlight=False)
     console.print(_speeds(report))
     console.print(_drafts(report))
     console.print(show_costs(report.cost))

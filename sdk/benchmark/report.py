@@ -58,6 +58,7 @@ class Report:
         command: the command line.
         started: ISO time, UTC.
         seconds: the whole benchmark took.
+        placement: what ran where, where segments ran on several bundles' engines.
     """
 
     rows: tuple[Row, ...]
@@ -77,6 +78,7 @@ class Report:
     command: tuple[str, ...]
     started: str
     seconds: float
+    placement: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """The report as plain JSON values."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,7 @@ class BenchOptions:
         follow_costs: sample the cost curve between the texts too, for the report and the trace: over many minutes a
             machine's speed drifts away from a curve measured at the start.
         trace: file to record the first pass in (`skipstone.devices.traces`); None: nothing is recorded.
+        place: segments that run on other bundles' engines, see `skipstone.placing`.
         command: the command line, for the report.
     """
 
@@ -89,6 +90,7 @@ class BenchOptions:
     curve: Path | None = None
     follow_costs: bool = False
     trace: Path | None = None
+    place: Mapping[int | str, str | os.PathLike[str]] | None = None
     command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -131,7 +133,9 @@ def run_bench(
             bench.write_trace(options.trace)
         return Report(
             rows=tuple(rows),
-            bundle=bundle_facts(bench.target.bundle),
+            bundle=replace(
+                bundle_facts(bench.target.bundle), near_tie_margin=bench.target.opened.near_tie_margin
+            ),
             machine=this_machine(),
             prompts=len(bench.inputs),
             prompts_source=options.prompts_source,
@@ -147,6 +151,7 @@ def run_bench(
             command=options.command,
             started=started.isoformat(timespec="seconds"),
             seconds=time.perf_counter() - began,
+            placement=bench.target.opened.described,
         )
 
 
@@ -162,7 +167,7 @@ class _Bench:
             self._tracer = None if options.trace is None else Tracer()
             watch = None if self._tracer is None else self._tracer.target
             self.target = self._stack.enter_context(
-                Subject(bundle, options.engine, options.context_length, curve, watch)
+                Subject(bundle, options.engine, options.context_length, curve, watch, options.place)
             )
             self.kv_type = self.target.kv_type
             self._draft = self._open_draft()
@@ -205,7 +210,7 @@ class _Bench:
                 [sample.tokens for sample in plain.samples[0]],
                 [[sample.tokens for sample in passed] for passed in series.samples],
                 self._logits_after,
-                self.target.bundle.manifest.near_tie_margin,
+                self.target.opened.near_tie_margin,
             )
         memory = peak_rss_mb(self._memory_request(series.strategy)) if self._options.memory else None
         return make_row(series, plain, matches, self.target.costs.plain, memory)
@@ -321,6 +326,7 @@ class _Bench:
             assistant_model=options.assistant_model if strategy == "draft-model" else None,
             assistant_early_exit=options.strategy_options.assistant_early_exit,
             whole_gguf=str(options.whole_gguf) if strategy in self._baselines else None,
+            place={str(where): os.fspath(folder) for where, folder in (options.place or {}).items()},
         )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from skipstone.benchmark.meter import MeteredEngine, part_bytes
+from skipstone.benchmark.meter import MeteredEngine, placed_bytes
 from skipstone.benchmark.tracing import Recorder, TracedPolicy, witnessed
 from skipstone.bundle import Bundle, CostCurve
 from skipstone.devices.cost import CurveSampler, measure
 from skipstone.devices.curves import MeasuredCurve, new_curve
 from skipstone.model import load_draft_table, open_draft_bundle
+from skipstone.placing import Opened, Place, open_places
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftModelMaker
@@ -34,6 +35,7 @@ class Subject:
         context_length: positions; None: the model's own, at most 2,048.
         curve: cost curve to plan with, measured elsewhere; None: it is measured now.
         trace: wraps the engine, to record what is run; None: nothing is recorded.
+        place: segments that run on other bundles' engines, see `skipstone.placing`.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Subject:
         context_length: int | None = None,
         curve: MeasuredCurve | None = None,
         trace: Callable[[Engine], Engine] | None = None,
+        place: Place | None = None,
     ) -> None:
         facts = bundle.manifest.model
         self.bundle, self._options, self._planned = bundle, options, curve
@@ -50,7 +53,10 @@ class Subject:
         bos = facts.bos_token_id if facts.add_bos else None
         self.codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size, bos)
         self.table = load_draft_table(bundle)
-        self._raw = open_engine(bundle, options)
+        self.opened = (
+            open_places(bundle, options, place) if place else Opened(bundle, open_engine(bundle, options))
+        )
+        self._raw = self.opened.engine
         try:
             self.kv_type = str(getattr(self._raw, "kv_type", "f32"))
             self.curve: CostCurve = (
@@ -58,8 +64,9 @@ class Subject:
             )
             self.costs = CostModel(self.curve, self._raw.exits)
             engine = self._raw if trace is None else trace(self._raw)
-            self.engine = MeteredEngine(engine, self.costs, part_bytes(bundle))
-            length = min(facts.context_length, 2048) if context_length is None else context_length
+            self.engine = MeteredEngine(engine, self.costs, placed_bytes(*self.opened.part_owners))
+            longest = min(facts.context_length, self.engine.max_context_length, 2048)
+            length = longest if context_length is None else context_length
             self.session = Session(self.engine, length)
         except Exception:
             self._raw.close()

@@ -22,6 +22,13 @@ Curve = Annotated[
         help="Plan with the costs in this file, from bench --curve-only.", show_default="measured, then kept"
     ),
 ]
+Place = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="SEGMENT=DIR: run a segment (0, or a range 1-2) on the engine of another bundle of this model; may be "
+        "repeated. auto=DIR: as the measured costs have it."
+    ),
+]
 
 # Sampling.
 TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")]

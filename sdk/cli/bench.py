@@ -70,6 +70,7 @@ def bench(
         Path | None,
         typer.Option(help="Record the first pass round by round in this file, for skipstone simulate."),
     ] = None,
+    place: flags.Place = None,
     follow_costs: Annotated[
         bool,
         typer.Option(
@@ -96,10 +97,14 @@ def bench(
     from skipstone.benchmark.report import check_writable, write_json
     from skipstone.benchmark.run import BenchOptions, run_bench
     from skipstone.cli._progress import progress_bar
+    from skipstone.placing import parse_place
     from skipstone.runtimes.engines import EngineOptions
     from skipstone.runtimes.sampling import SamplingConfig
     from skipstone.runtimes.strategies import StrategyOptions
 
+    placed = parse_place(place or ())
+    if curve_only and placed:
+        raise UsageError("--curve-only: measures one bundle", hint="leave --place out")
     if curve_only:
         _measure_curve(bundle, EngineOptions(threads, kv_type), json, curve)
         return
@@ -130,6 +135,7 @@ def bench(
         curve=curve,
         follow_costs=follow_costs,
         trace=trace,
+        place=placed,
         command=("skipstone", *sys.argv[1:]),
     )
     for file, flag in ((json, "--json"), (trace, "--trace")):

@@ -92,7 +92,10 @@ def generate(
     context_length: flags.ContextLength = None,
     threads: flags.Threads = None,
     kv_type: flags.KvType = None,
-    gpu_layers: Annotated[int, typer.Option(min=-1, help="Layers to place on a GPU; -1: all.")] = 0,
+    gpu_layers: Annotated[
+        int, typer.Option(min=-1, help="Layers to place on a GPU, from the last one on; -1: all.")
+    ] = 0,
+    place: flags.Place = None,
     curve: flags.Curve = None,
     show_drafts: Annotated[
         bool, typer.Option("--show-drafts", help="Colour accepted and refused drafts.")
@@ -109,6 +112,7 @@ def generate(
     from skipstone.cli._drafts import DraftView, plain_view
     from skipstone.cli._thresholds import early_stopping, look_up
     from skipstone.model import load_model
+    from skipstone.placing import parse_place
     from skipstone.runtimes.beam import BeamOptions
     from skipstone.runtimes.generate import GenerationLimits
     from skipstone.runtimes.sampling import SamplingConfig
@@ -133,6 +137,7 @@ def generate(
     beams = BeamOptions(
         num_beams, num_return_sequences, length_penalty, patience, num_beam_groups, diversity_penalty
     )
+    placed = parse_place(place or ())
     stopping = early_stopping(early_exit_margin, encoder_saturation)
     check_strategy(strategy)
     _check_beams(
@@ -151,6 +156,7 @@ def generate(
         kv_type=kv_type,
         gpu_layers=gpu_layers,
         curve=curve,
+        place=placed,
     ) as model:
         if num_beams > 1:
             found = search_beams(
@@ -260,7 +266,7 @@ def _record(result: GenerationResult) -> dict[str, object]:
 
 
 def _summary(result: GenerationResult) -> str:
-    """One line of figures."""
+    """One line of figures, and one for every stretch of segments where they ran on several engines."""
     stats: GenerationStats = result.stats
     parts = [
         f"{stats.new_tokens} tokens ({result.stop_reason})",
@@ -274,4 +280,5 @@ def _summary(result: GenerationResult) -> str:
         ]
     if stats.lossy:
         parts.append("lossy" if stats.guarantee is None else f"lossy: {stats.guarantee}")
-    return f"[{stats.strategy}: {', '.join(parts)}]"
+    line = f"[{stats.strategy}: {', '.join(parts)}]"
+    return "\n".join([line, *(f"[{where}]" for where in stats.placement)])
