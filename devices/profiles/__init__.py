@@ -29,8 +29,8 @@ class FormatSupport(BaseModel):
             ExecuTorch program is lowered to or ONNX graphs are made for.
         quantizations: schemes the device computes with; the first one where the user names none.
         gpu_layers: llama.cpp: layers to place on it; 0 keeps them on the CPU, -1 is all.
-        status: `runs` (measured on the real device), `emulated`, `compiled` (builds, was not run) or
-            `not run`.
+        status: `runs` (measured on the real device), `emulated`, `estimated` (compiled, and its time foretold by the
+            maker's tools), `compiled` (builds, was not run) or `not run`.
         verified: what was done to be able to say so.
     """
 
@@ -40,7 +40,7 @@ class FormatSupport(BaseModel):
     backend: str
     quantizations: tuple[str, ...] = Field(min_length=1)
     gpu_layers: int = Field(default=0, ge=-1)
-    status: Literal["runs", "emulated", "compiled", "not run"]
+    status: Literal["runs", "emulated", "estimated", "compiled", "not run"]
     verified: str
 
     @property

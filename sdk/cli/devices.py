@@ -58,23 +58,39 @@ def _record(found: _Found) -> dict[str, object]:
 
 
 def _show(found: list[_Found]) -> None:
+    """A line each in the table, and below it what does not fit into one."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("device", "", "format", "quantize (default first)", "was tried", "here")
-    for index in (0, 2):
-        table.columns[index].no_wrap = True
+    table = Table("device", "format", "default quantize", "was tried", "here")
+    for column in table.columns:
+        column.no_wrap = True
     for entry in found:
         table.add_row(
             f"[bold]{entry.profile.name}[/bold]",
-            entry.profile.title,
             entry.format,
-            ", ".join(entry.support.quantizations),
+            entry.support.default_quantize,
             entry.support.status,
-            f"[green]yes[/green]: {entry.here.reason}" if entry.here.usable else f"no: {entry.here.reason}",
+            "[green]yes[/green]" if entry.here.usable else "no",
         )
     console = Console()
     console.print(table)
+    for title, usable in (("Here", True), ("Not here", False)):
+        console.print(f"\n[bold]{title}[/bold]")
+        for entry in found:
+            if entry.here.usable == usable:
+                reason = f"{_name(entry)}: {entry.here.reason}"
+                console.print(reason, highlight=False, soft_wrap=True)
+    console.print("\n[bold]How each was tried[/bold]")
     for entry in found:
-        name = f"[bold]{entry.profile.name}, {entry.format}[/bold]"
-        console.print(f"{name}: {entry.support.verified}", highlight=False, soft_wrap=True)
+        also = ", ".join(entry.support.quantizations[1:])
+        console.print(
+            f"{_name(entry)} ({entry.profile.title}): {entry.support.status}. {entry.support.verified}"
+            + (f" Also takes {also}." if also else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _name(entry: _Found) -> str:
+    return f"[bold]{entry.profile.name}, {entry.format}[/bold]"

@@ -96,6 +96,13 @@ def test_an_unknown_device_is_refused_with_the_known_ones(name: str) -> None:
     assert refused.value.hint == "known: " + ", ".join(profile_names())
 
 
+@pytest.mark.parametrize("status", ["runs", "emulated", "estimated", "compiled", "not run"])
+def test_a_status_says_how_far_a_device_was_tried(tmp_path: Path, status: str) -> None:
+    path = tmp_path / "toaster.toml"
+    path.write_text(GOOD.replace("not run", status))
+    assert read_profile(path).formats["gguf"].status == status
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
