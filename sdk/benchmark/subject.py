@@ -162,7 +162,7 @@ def new_policy(
         maker,
         guide,
         lambda: target.codec.word_starts,
-        recorder,
+        recorder=recorder,
     )
     policy = make_policy(strategy, materials)
     return policy if recorder is None else TracedPolicy(policy, recorder)
