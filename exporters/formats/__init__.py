@@ -78,7 +78,9 @@ def refuse_options(options: ExportOptions, reasons: Mapping[str, str]) -> None:
     for name, reason in reasons.items():
         value = getattr(options, name)
         if value is not None:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: {reason}", hint="leave it out")
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else "" if value is True else value
+            flag = f"--{name.replace('_', '-')} {shown}".rstrip()
+            raise UsageError(f"{flag}: {reason}", hint="leave it out")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Artefacts:
         reference: checkpoint folder to compare with; None where there is none.
         min_agreement: share of positions at which the best token must be the reference's.
         reference_tolerance: see `skipstone.exporters.selftest.SelfTest`.
+        slack: likewise.
         source_sha256: hash of the input.
         engine: library and version.
         runs_here: whether this machine can run it, and so test it.
@@ -125,6 +128,7 @@ class Artefacts:
     source_sha256: str
     engine: str
     runs_here: bool = True
+    slack: float = 1.0
 
 
 class Exporter(Protocol):

@@ -119,6 +119,7 @@ def export_onnx(
         source_sha256=request.source_sha256,
         engine=f"onnxruntime {importlib.metadata.version('onnxruntime')}",
         runs_here=written.status != "compiled",
+        slack=scheme.slack,
     )
 
 

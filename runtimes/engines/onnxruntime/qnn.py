@@ -85,9 +85,10 @@ def _provider() -> tuple[list[Any], str]:
         with _no_output():
             ort.register_execution_provider_library(name, package.get_library_path())
     except Exception as error:
-        raise DeviceError(
-            f"onnxruntime-qnn cannot be loaded: {error}", hint="see docs/qualcomm.md for where it runs"
-        ) from error
+        if "already registered" not in str(error):
+            raise DeviceError(
+                f"onnxruntime-qnn cannot be loaded: {error}", hint="see docs/qualcomm.md for where it runs"
+            ) from error
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if not devices:
         raise DeviceError(
