@@ -20,6 +20,7 @@ from skipstone.bundle import GraphEntry, ModelFacts, QnnEntry
 from skipstone.errors import UsageError
 from skipstone.exporters.formats import ExportOptions, Oracle
 from skipstone.exporters.formats.onnx.files import write_graph
+from skipstone.exporters.formats.onnx.fusion import divide_by_roots
 from skipstone.exporters.formats.onnx.modules import MASKED
 from skipstone.exporters.formats.onnx.schemes import quantize, scheme_of
 from skipstone.exporters.formats.onnx.socs import SOCS
@@ -164,6 +165,7 @@ def write_any_width(graphs: Iterator[tuple[str, ir.Model]], task: Task) -> Writt
     scheme, entries = scheme_of(task.scheme), []
     task.step("trace")
     for part, graph in graphs:
+        divide_by_roots(graph)
         quantize(graph, scheme)
         entries.append(write_graph(graph, part, None, task.folder))
     return Written(tuple(entries), presence(task.target.name))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from skipstone.exporters.formats.onnx.fusion import divide_by_roots
 from skipstone.exporters.formats.onnx.graphs import OPSET, fixed, graphs_of
 from skipstone.exporters.formats.onnx.modules import MASKED, GraphSegment, cut_for_graphs
 from skipstone.exporters.segments import Parts
@@ -128,3 +129,24 @@ def test_graphs_hold_no_operators_of_a_vendor_and_nothing_of_torch(graphs: Mappi
         assert graph.graph.opset_imports == {"": OPSET}
         assert all(not node.domain and not node.metadata_props for node in graph.graph)
         assert all(len(cast("ir.Shape", value.shape)) <= 4 for node in graph.graph for value in node.outputs)
+
+
+def test_norms_are_taken_together_and_compute_what_they_did(
+    parts: Parts, graphs: Mapping[str, ir.Model], tmp_path: Path
+) -> None:
+    """Qwen3's, of every layer's rows and of its queries and keys."""
+    segment = cast("GraphSegment", parts.segments[1])
+    given, graph = feed(segment, 3, 5), graphs["segment_1"].clone()
+    expected = session(graph, tmp_path).run(None, given)
+    norms = sum(node.op_type == "Reciprocal" for node in graph.graph)
+    assert norms == 4 * len(segment.layer_indices)
+    divide_by_roots(graph)
+    assert not any(node.op_type == "Reciprocal" for node in graph.graph)
+    for one, other in zip(session(graph, tmp_path).run(None, given), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4  # which warns that the optimised file is for this machine alone
+    onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"), options, providers=["CPUExecutionProvider"])
+    fused = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
+    assert fused.count("SimplifiedLayerNormalization") == norms
