@@ -15,6 +15,7 @@ from skipstone.devices.profiles import DeviceProfile, FormatSupport
 from skipstone.errors import EngineError
 from skipstone.runtimes.engines.llamacpp.library import library
 from skipstone.runtimes.engines.llamacpp.registry import registered_devices
+from skipstone.runtimes.engines.onnxruntime.qnn import is_emulated
 from skipstone.runtimes.engines.onnxruntime.webgpu import is_gpu, webgpu_devices
 
 # Registry names differ between llama.cpp's versions for this one.
@@ -100,6 +101,8 @@ def _detect_onnxruntime(support: FormatSupport) -> Availability:
         version = importlib.metadata.version("onnxruntime")
     except importlib.metadata.PackageNotFoundError:
         return Availability(False, 'onnxruntime is not installed: `pip install "skipstone[onnx]"`')
+    if support.backend.startswith("qnn-"):
+        return _detect_qnn(support)
     if support.backend != "webgpu":
         return Availability(True, f"onnxruntime {version}, {support.backend}")
     try:
@@ -110,6 +113,18 @@ def _detect_onnxruntime(support: FormatSupport) -> Availability:
         return Availability(False, "ONNX Runtime's WebGPU plugin finds no GPU")
     software = "" if is_gpu(devices[0]) else ", in software"
     return Availability(True, f"onnxruntime {version}, webgpu{software}")
+
+
+def _detect_qnn(support: FormatSupport) -> Availability:
+    """Whether the provider is there; which SoC it finds below, if any, only opening a bundle tells."""
+    try:
+        version = importlib.metadata.version("onnxruntime-qnn")
+    except importlib.metadata.PackageNotFoundError:
+        return Availability(
+            False, 'onnxruntime-qnn is not installed: `pip install "skipstone[onnx,qualcomm]"`'
+        )
+    emulated = ", in the emulator" if is_emulated() else ""
+    return Availability(True, f"onnxruntime-qnn {version}, {support.backend}{emulated}")
 
 
 _DETECTORS = {

@@ -132,6 +132,25 @@ def test_onnx_runtime_can_be_used_where_it_is_installed(monkeypatch: pytest.Monk
     assert "skipstone[onnx]" in there.reason
 
 
+def test_an_npu_that_is_emulated_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    here = detect(load_profile("qualcomm-sm8650"), "onnx")
+    expected = f"onnxruntime-qnn {version('onnxruntime-qnn')}, qnn-sm8650, in the emulator"
+    assert here == Availability(True, expected)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert not detect(load_profile("qualcomm-sm8650"), "onnx").reason.endswith("emulator")
+
+    def missing(name: str) -> str:
+        if name == "onnxruntime-qnn":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(detection.importlib.metadata, "version", missing)
+    there = detect(load_profile("qualcomm-sm8650"), "onnx")
+    assert not there.usable
+    assert "skipstone[onnx,qualcomm]" in there.reason
+
+
 @pytest.mark.parametrize(
     ("found", "usable", "words"),
     [

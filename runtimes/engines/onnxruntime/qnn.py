@@ -41,7 +41,12 @@ def qnn_presence() -> Presence:
         _provider()
     except DeviceError:
         return "compiled"
-    return "emulated" if platform.machine() in _EMULATED_ON else "runs"
+    return "emulated" if is_emulated() else "runs"
+
+
+def is_emulated() -> bool:
+    """Whether this machine has no Hexagon NPU but can emulate one."""
+    return platform.machine() in _EMULATED_ON
 
 
 def session_options(*, fallback: bool) -> Any:

@@ -21,6 +21,7 @@ from skipstone.exporters.formats.onnx.socs import SOCS, Soc
 from skipstone.exporters.formats.onnx.targets import TARGETS, fitted
 from skipstone.exporters.isolation import run_isolated
 from skipstone.exporters.pipeline import export_checkpoint
+from skipstone.runtimes.engines.onnxruntime.targets import open_session
 from tests.exporters.tiny_npu import WIDTHS, tiny_checkpoint, tiny_npu_bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
@@ -62,7 +63,7 @@ def saved(folder: Path, operators: list[str]) -> Path:
 
 
 def compile_one(graph: Path, soc_id: int) -> tuple[str, int]:
-    """SoC and architecture in the binary made of a graph."""
+    """SoC and architecture in the binary made of a graph, which is run in the emulator."""
     target = graph.with_name("compiled.onnx")
     (made,) = run_isolated(
         "skipstone.exporters.formats.onnx.qnn_compiler:compile_graphs",
@@ -72,6 +73,9 @@ def compile_one(graph: Path, soc_id: int) -> tuple[str, int]:
         share=False,
     )
     assert read_soc(graph.with_name(made["binary"])) == (made["soc"], made["arch"])
+    given = np.linspace(-2, 2, 16, dtype=np.float32).reshape(1, 4, 4)
+    (found,) = open_session(target, "qnn", 1).run(None, {"hidden": given})
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-2 * given)), atol=2e-3)
     return made["soc"], made["arch"]
 
 
@@ -116,9 +120,7 @@ def test_the_self_test_found_widths_and_drafts_equal_to_the_last_bit(bundle: Bun
 
 
 @pytest.mark.parametrize("soc", SOCS.values(), ids=lambda soc: soc.name)
-def test_the_compiler_knows_every_soc_by_the_name_and_architecture_that_are_listed(
-    tmp_path: Path, soc: Soc
-) -> None:
+def test_every_soc_is_compiled_for_by_its_name_and_emulated(tmp_path: Path, soc: Soc) -> None:
     assert compile_one(saved(tmp_path, ["Add", "Sigmoid"]), soc.id) == (soc.name, soc.arch)
 
 
