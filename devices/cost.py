@@ -63,9 +63,10 @@ class CurveSampler:
 
     def __init__(self, session: Session, widths: Sequence[int] | None = None) -> None:
         engine = session.engine
-        self._session, self._prefix = session, _prefix(engine)
-        most = min(session.max_width, session.context_length - self._prefix)
-        chosen = widths or (WIDTHS if engine.encoder is None else WIDE)
+        chosen, room = widths or (WIDTHS if engine.encoder is None else WIDE), session.context_length
+        self._session = session
+        self._prefix = min(_prefix(engine), max(room - max(chosen), room // 2))
+        most = min(session.max_width, room - self._prefix)
         self.widths = tuple(width for width in chosen if width <= most)
         self._context = [index % engine.vocab_size for index in range(self._prefix)]
         self._samples: list[list[list[float]]] = []

@@ -173,12 +173,14 @@ def _show_curves(bundle: Bundle, console: Console) -> None:
 
 
 def _cost(cost: CostCurve) -> Table:
+    """The widths that are powers of two, which fit a terminal."""
     title = f"Milliseconds per call by rows in the batch ({cost.threads} threads, {cost.machine})"
-    table = Table("part", *map(str, cost.widths), title=title, title_justify="left")
+    shown = [index for index, width in enumerate(cost.widths) if width & (width - 1) == 0]
+    table = Table("part", *(str(cost.widths[at]) for at in shown), title=title, title_justify="left")
     for index, curve in enumerate(cost.segments):
-        table.add_row(f"segment {index}", *(f"{seconds * 1e3:.3f}" for seconds in curve))
+        table.add_row(f"segment {index}", *(f"{curve[at] * 1e3:.3f}" for at in shown))
     if cost.draft_head:
-        table.add_row("draft head", *(f"{seconds * 1e3:.3f}" for seconds in cost.draft_head))
+        table.add_row("draft head", *(f"{cost.draft_head[at] * 1e3:.3f}" for at in shown))
     return table
 
 

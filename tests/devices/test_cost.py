@@ -50,34 +50,46 @@ def test_the_curve_finds_the_costs_of_every_part_and_width() -> None:
     assert all(HEAD <= seconds <= HEAD * 2 + 0.005 for seconds in curve.draft_head)
 
 
-class SettlingCache(ScriptedCache):
-    """A single row costs a tenth of what it costs behind anything else, from the third in a row on."""
+class ClockedEngine(ScriptedEngine):
+    """Moves a clock of its own: PER_ROW a row; a single row at first ten times as much, until two came before it."""
 
-    singles = 0
+    now, singles = 0.0, 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def open_cache(self, context_length: int, tree: RowTree) -> ScriptedCache:
+        return ClockedCache(self, context_length, tree)
+
+
+class ClockedCache(ScriptedCache):
+    engine: ClockedEngine
 
     def run(
         self, segment: int, rows: Sequence[int], hidden: Sequence[FloatArray], wanted: Sequence[bool]
     ) -> FloatArray:
+        engine = self.engine
         if segment == 0:
-            self.singles = self.singles + 1 if len(rows) == 1 else 0
-        time.sleep(0.0005 if self.singles > 2 else 0.005)
+            engine.singles = engine.singles + 1 if len(rows) == 1 else 0
+        engine.now += PER_ROW[segment] * len(rows) * (10 if engine.singles in (1, 2) else 1)
         return super().run(segment, rows, hidden, wanted)
 
 
-class SettlingEngine(ScriptedEngine):
-    def open_cache(self, context_length: int, tree: RowTree) -> ScriptedCache:
-        return SettlingCache(self, context_length, tree)
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> ClockedEngine:
+    engine = ClockedEngine(range(256))
+    monkeypatch.setattr("skipstone.devices.cost.time", engine)
+    return engine
 
 
-def test_single_rows_are_timed_as_they_follow_each_other_in_plain_decoding() -> None:
-    curve = measure(SettlingEngine(range(256)), widths=(1, 4), budget_seconds=0.05)
-    for one, four in curve.segments:
-        assert one < 0.004 < 0.005 <= four
+def test_single_rows_are_timed_as_they_follow_each_other_in_plain_decoding(clocked: ClockedEngine) -> None:
+    curve = measure(clocked, widths=(1, 4), budget_seconds=0.05)
+    for seconds, row in zip(curve.segments, PER_ROW, strict=True):
+        assert seconds == pytest.approx((row, 4 * row))
 
 
-def test_a_session_in_use_can_be_sampled_in_between() -> None:
-    engine = SlowEngine(range(256))
-    with Session(engine, 128) as session:
+def test_a_session_in_use_can_be_sampled_in_between(clocked: ClockedEngine) -> None:
+    with Session(clocked, 128) as session:
         sampler = CurveSampler(session, (1, 4, 300))
         assert sampler.widths == (1, 4)
         for text in ([5], [6, 7]):
@@ -86,7 +98,16 @@ def test_a_session_in_use_can_be_sampled_in_between() -> None:
             sampler.sweep()
         curve = sampler.curve()
         assert session.length == 64
-    assert [seconds[1] for seconds in curve.segments] == pytest.approx([4 * x for x in PER_ROW], rel=0.5)
+    for seconds, row in zip(curve.segments, PER_ROW, strict=True):
+        assert seconds == pytest.approx((row, 4 * row))
+
+
+def test_a_short_session_is_sampled_behind_a_shorter_context() -> None:
+    with Session(ScriptedEngine(range(256)), 64) as session:
+        sampler = CurveSampler(session)
+        sampler.sweep()
+        assert sampler.widths == WIDTHS
+        assert session.length == 32
 
 
 def test_the_cache_it_opened_is_closed() -> None:
