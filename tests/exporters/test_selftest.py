@@ -139,6 +139,15 @@ def test_logits_may_differ_from_the_reference_in_proportion_to_their_spread() ->
     assert judge(replace(GOOD, spread=0.1), EXACT).reference_tolerance == pytest.approx(1e-3)
 
 
+def test_where_activations_have_few_bits_the_artefacts_own_tolerances_are_wider() -> None:
+    quantised = replace(EXACT, reference_tolerance=None)
+    apart = replace(GOOD, split=0.6 * GOOD.spread, split_rms=0.15 * GOOD.spread)
+    with pytest.raises(ExportError, match="segments and the whole model differ"):
+        judge(apart, quantised)
+    parity = judge(apart, replace(quantised, slack=2.0))
+    assert parity.split_tolerance == pytest.approx(2 * judge(GOOD, quantised).split_tolerance)
+
+
 def test_the_near_tie_margin_covers_twice_the_noise_between_widths_and_the_jitter() -> None:
     assert judge(GOOD, EXACT).near_tie_margin == pytest.approx(6e-4)
     assert judge(replace(GOOD, jitter=0.1), EXACT).near_tie_margin == pytest.approx(0.1)
