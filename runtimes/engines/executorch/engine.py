@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from skipstone.bundle import Bundle, ExecuTorchManifest, executorch_manifest
-from skipstone.errors import BundleError, EngineError, UsageError
-from skipstone.runtimes.cores import num_cores
+from skipstone.errors import BundleError, EngineError
 from skipstone.runtimes.engines.base import Share
 from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
 from skipstone.runtimes.engines.executorch.caches import open_cache
@@ -17,6 +13,8 @@ from skipstone.runtimes.engines.executorch.native import native
 from skipstone.runtimes.engines.executorch.program import Program, check_header
 from skipstone.runtimes.engines.executorch.rehearsal import rehearse
 from skipstone.runtimes.engines.executorch.signature import check_signatures, expected_signatures
+from skipstone.runtimes.engines.planned import planned_threads
+from skipstone.runtimes.engines.vocabulary import read_vocabulary
 from skipstone.runtimes.rows import RowTree
 
 if TYPE_CHECKING:
@@ -48,18 +46,7 @@ class ExecuTorchEngine:
         manifest = executorch_manifest(bundle)
         self._manifest, self._entry = manifest, manifest.program
         self._path = bundle.file(manifest.program.file)
-        if options.gpu_layers:
-            raise UsageError(
-                f"--gpu-layers {options.gpu_layers}: a program runs where it was lowered to ({self._entry.target})",
-                hint="leave it out",
-            )
-        if options.kv_type not in (None, "f32"):
-            raise UsageError(
-                f"--kv-type {options.kv_type}: this format keeps K and V in f32", hint="leave it out"
-            )
-        self.threads = num_cores() if options.threads is None else options.threads
-        if not 1 <= self.threads <= 512:
-            raise UsageError(f"--threads {self.threads}: expected 1 to 512")
+        self.threads = planned_threads(options, self._entry.target)
         self.exits = (*manifest.exits, manifest.model.num_layers)
         self.encoder = manifest.model.encoder
         self.hidden_size, self.vocab_size = manifest.model.hidden_size, manifest.model.vocab_size
@@ -69,7 +56,8 @@ class ExecuTorchEngine:
         )
         share = options.share
         self._methods = methods_of(manifest, share)
-        self.draft_vocabulary = None if share and not share.draft_head else self._read_vocabulary(bundle)
+        name = self._entry.draft_vocabulary if "draft_head" in self._methods else None
+        self.draft_vocabulary = None if name is None else read_vocabulary(bundle.file(name), self.vocab_size)
         check_header(self._path)
         native()
         if not rehearsed:
@@ -92,21 +80,6 @@ class ExecuTorchEngine:
     def close(self) -> None:
         for program in self._programs:
             program.close()
-
-    def _read_vocabulary(self, bundle: Bundle) -> NDArray[np.int32] | None:
-        name = self._entry.draft_vocabulary
-        if name is None:
-            return None
-        ids = np.fromfile(bundle.file(name), "<i4").astype(np.int32)
-        if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
-            raise BundleError(
-                f"{bundle.file(name)}: draft tokens outside the vocabulary", hint="export the bundle again"
-            )
-        if np.any(np.diff(ids) <= 0):  # they are searched by halving
-            raise BundleError(
-                f"{bundle.file(name)}: draft tokens out of order", hint="export the bundle again"
-            )
-        return ids
 
 
 def methods_of(manifest: ExecuTorchManifest, share: Share | None) -> frozenset[str]:

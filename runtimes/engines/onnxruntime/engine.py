@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from skipstone.bundle import GRAPH_INTERFACE, Bundle, OnnxManifest, onnx_manifest
-from skipstone.errors import BundleError, UsageError
-from skipstone.runtimes.cores import num_cores
+from skipstone.errors import BundleError
 from skipstone.runtimes.engines.base import Share
 from skipstone.runtimes.engines.onnxruntime.cache import CacheLimits, OnnxRuntimeCache
 from skipstone.runtimes.engines.onnxruntime.parts import layers_of, open_parts
 from skipstone.runtimes.engines.onnxruntime.store import KeyValueStore
 from skipstone.runtimes.engines.onnxruntime.table import Table
+from skipstone.runtimes.engines.planned import planned_threads
 from skipstone.runtimes.engines.vocabulary import read_vocabulary
 from skipstone.runtimes.rows import RowTree
 
@@ -46,18 +46,7 @@ class OnnxRuntimeEngine:
                 f"{GRAPH_INTERFACE}",
                 hint="export the bundle again",
             )
-        if options.gpu_layers:
-            raise UsageError(
-                f"--gpu-layers {options.gpu_layers}: graphs run where they were exported to ({self._entry.target})",
-                hint="leave it out",
-            )
-        if options.kv_type not in (None, "f32"):
-            raise UsageError(
-                f"--kv-type {options.kv_type}: this format keeps K and V in f32", hint="leave it out"
-            )
-        self.threads = num_cores() if options.threads is None else options.threads
-        if not 1 <= self.threads <= 512:
-            raise UsageError(f"--threads {self.threads}: expected 1 to 512")
+        self.threads = planned_threads(options, self._entry.target)
         self.exits = (*manifest.exits, manifest.model.num_layers)
         self.encoder = None
         self.hidden_size, self.vocab_size = manifest.model.hidden_size, manifest.model.vocab_size
