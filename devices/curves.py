@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from skipstone.bundle import Bundle, CostCurve
 from skipstone.devices.machine import gpu_driver, processor_name
-from skipstone.errors import UsageError
+from skipstone.errors import EngineError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.engines.base import Engine
@@ -40,7 +40,11 @@ _METHOD = 2  # of `skipstone.devices.cost`; raised when its figures come to mean
 _FOLDER = ".skipstone"
 _KIND = "skipstone cost curve"
 _HINT = "make one with `skipstone bench DIR --curve-only --json FILE`"
-_DISTRIBUTIONS = {"executorch": "executorch", "onnx": "onnxruntime"}
+# what computes the bundles of a format, plug-ins included; GGUF's library tells more of itself than a version
+_DISTRIBUTIONS = {
+    "executorch": ("executorch",),
+    "onnx": ("onnxruntime", "onnxruntime-qnn", "onnxruntime-ep-webgpu"),
+}
 
 
 class CurveKey(BaseModel):
@@ -54,7 +58,7 @@ class CurveKey(BaseModel):
         gpu_layers: layers on a GPU.
         driver: the GPU's, "" where none is used.
         format: the bundle's.
-        library: the engine's library, its version and build.
+        library: the engine's library, its version and build; of all that may take part where engines are several.
         placement: what runs where, of an engine that is made of several.
         artefacts: sha256 over the names and hashes of the bundle's files.
         method: how it was measured.
@@ -130,6 +134,8 @@ class FoundCurve:
 
 def curve_key(bundle: Bundle, engine: Engine, options: EngineOptions) -> CurveKey:
     """What the curve of an opened engine depends on."""
+    placement = str(getattr(engine, "placement", ""))
+    formats = [bundle.manifest.format, *(["gguf", *_DISTRIBUTIONS] if placement else [])]
     return CurveKey(
         processor=processor_name(),
         cores=num_cores(),
@@ -140,8 +146,8 @@ def curve_key(bundle: Bundle, engine: Engine, options: EngineOptions) -> CurveKe
         gpu_layers=options.gpu_layers,
         driver=gpu_driver() if options.gpu_layers else "",
         format=bundle.manifest.format,
-        library=_library(bundle.manifest.format),
-        placement=str(getattr(engine, "placement", "")),
+        library="; ".join(filter(None, map(_library, dict.fromkeys(formats)))),
+        placement=placement,
         artefacts=artefacts_hash(bundle),
     )
 
@@ -281,15 +287,19 @@ def _folders(bundle: Bundle) -> tuple[Path, Path]:
 
 
 def _library(format: str) -> str:
+    """Names and versions of what computes a format's bundles; "" where it is not installed."""
     if format == "gguf":
         from skipstone.runtimes.engines.llamacpp.library import build_identity
 
-        return build_identity()
-    name = _DISTRIBUTIONS.get(format, format)
-    try:
-        return f"{name} {importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:
-        return name
+        try:
+            return build_identity()
+        except EngineError:
+            return ""
+    found = []
+    for name in _DISTRIBUTIONS.get(format, (format,)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 def _read(path: Path) -> FoundCurve:

@@ -1,5 +1,6 @@
 """Kept curves: measured once for one machine, engine and bundle, and never the reason for a failure."""
 
+import importlib.metadata
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from skipstone.devices.curves import (
 )
 from skipstone.errors import UsageError
 from skipstone.runtimes.engines import EngineOptions
+from skipstone.runtimes.engines.llamacpp import library
 from tests.sdk.scripted import CHEAP_DRAFTS, ScriptedEngine, write_bundle
 
 OPTIONS = EngineOptions(threads=1)
@@ -170,6 +172,28 @@ def test_kept_curves_are_listed_with_what_is_wrong_with_them(opened: Opened) -> 
         "not a cost curve",
         "measured with other artefacts",
     ]
+
+
+def test_the_library_is_named_with_its_plug_ins_and_of_several_engines_all_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"onnxruntime": "1.2", "onnxruntime-qnn": "3.4", "executorch": "5.6"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(library, "build_identity", lambda: "llama 7")
+    assert curves._library("onnx") == "onnxruntime 1.2, onnxruntime-qnn 3.4"
+    assert curves._library("executorch") == "executorch 5.6"
+    bundle, engine = write_bundle(tmp_path), ScriptedEngine(range(64))
+    assert curve_key(bundle, engine, OPTIONS).library == "llama 7"
+    monkeypatch.setattr(engine, "placement", "0=here,1=there", raising=False)
+    key = curve_key(bundle, engine, OPTIONS)
+    assert key.library == "llama 7; executorch 5.6; onnxruntime 1.2, onnxruntime-qnn 3.4"
+    assert key.placement == "0=here,1=there"
 
 
 # --- curves from elsewhere ---
