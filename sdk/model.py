@@ -36,6 +36,7 @@ from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftModelMaker, check_vocabularies
 from skipstone.runtimes.drafters.growth import GrowthOptions
+from skipstone.runtimes.drafters.lexicon import Amendments, Lexicon
 from skipstone.runtimes.drafters.table import NGramTable
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Engine, Settled
@@ -51,6 +52,7 @@ __all__ = [
     "GenerationResult",
     "GenerationStats",
     "Model",
+    "load_amendments",
     "load_curve",
     "load_draft_table",
     "load_model",
@@ -87,7 +89,7 @@ class Model:
             facts.vocab_size,
             facts.bos_token_id if facts.add_bos else None,
         )
-        self._table = load_draft_table(bundle)
+        self._table, self._amendments = load_draft_table(bundle), load_amendments(bundle, self.codec)
         self.opened = (
             open_places(bundle, self._options, place)
             if place
@@ -232,7 +234,14 @@ class Model:
         if key not in self._policies:
             maker = None if assistant_model is None else self._draft_model_maker(assistant_model)
             materials = Materials(
-                self.engine, self.costs, options, self._table, maker, guide, lambda: self.codec.word_starts
+                self.engine,
+                self.costs,
+                options,
+                self._table,
+                maker,
+                guide,
+                lambda: self.codec.word_starts,
+                self._amendments,
             )
             self._policies[key] = make_policy(strategy, materials)
         return self._policies[key]
@@ -348,6 +357,12 @@ def open_draft_bundle(path: str, target: Bundle, codec: TextCodec) -> Bundle:
     drafts = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size)
     check_vocabularies(codec.vocabulary(), drafts.vocabulary(), str(target.path), str(bundle.path))
     return bundle
+
+
+def load_amendments(bundle: Bundle, codec: TextCodec) -> Amendments | None:
+    """How the bundle's lexicon reads sources, if it ships one."""
+    name = bundle.manifest.lexicon
+    return None if name is None else Amendments(Lexicon.load(bundle.file(name)), codec)
 
 
 def load_draft_table(bundle: Bundle) -> NGramTable | None:

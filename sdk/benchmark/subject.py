@@ -10,7 +10,7 @@ from skipstone.benchmark.tracing import Recorder, TracedPolicy, witnessed
 from skipstone.bundle import Bundle, CostCurve
 from skipstone.devices.cost import CurveSampler, measure
 from skipstone.devices.curves import MeasuredCurve, new_curve
-from skipstone.model import load_draft_table, open_draft_bundle
+from skipstone.model import load_amendments, load_draft_table, open_draft_bundle
 from skipstone.placing import Opened, Place, open_places
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
@@ -52,7 +52,7 @@ class Subject:
         self._sampler: CurveSampler | None = None
         bos = facts.bos_token_id if facts.add_bos else None
         self.codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size, bos)
-        self.table = load_draft_table(bundle)
+        self.table, self.amendments = load_draft_table(bundle), load_amendments(bundle, self.codec)
         self.opened = (
             open_places(bundle, options, place) if place else Opened(bundle, open_engine(bundle, options))
         )
@@ -162,6 +162,7 @@ def new_policy(
         maker,
         guide,
         lambda: target.codec.word_starts,
+        target.amendments,
         recorder=recorder,
     )
     policy = make_policy(strategy, materials)
