@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.errors import ExportError
-from skipstone.runtimes.engines.onnxruntime.library import first_line
-from skipstone.runtimes.engines.onnxruntime.qnn import add_provider, session_options
+from skipstone.runtimes.engines.onnxruntime.library import first_line, runtime
+from skipstone.runtimes.engines.onnxruntime.qnn import NO_FALLBACK, add_provider
 
 _SOC = re.compile(rb"soc_type=(\w+);arch=(\d+)")
-_ERRORS_ALONE = 3
 _SILENT = 4
 
 
@@ -53,10 +52,8 @@ def compile_graphs(
 
 
 def _compile(source: Path, config: Mapping[str, str], provider: Mapping[str, str]) -> None:
-    from skipstone.runtimes.engines.onnxruntime.library import runtime
-
     try:
-        runtime().InferenceSession(str(source), _options(config, provider, _SILENT, fallback=False))
+        runtime().InferenceSession(str(source), _options(config, provider, fallback=False))
     except Exception as error:
         refused = _refused(source, provider)
         if refused:
@@ -72,11 +69,9 @@ def _compile(source: Path, config: Mapping[str, str], provider: Mapping[str, str
 
 def _refused(source: Path, provider: Mapping[str, str]) -> list[str]:
     """Types of the operators that would fall to the CPU."""
-    from skipstone.runtimes.engines.onnxruntime.library import runtime
-
     config = {"session.record_ep_graph_assignment_info": "1"}
     try:
-        session = runtime().InferenceSession(str(source), _options(config, provider, _SILENT, fallback=True))
+        session = runtime().InferenceSession(str(source), _options(config, provider, fallback=True))
     except Exception:
         return []
     assigned = session.get_provider_graph_assignment_info()
@@ -85,10 +80,10 @@ def _refused(source: Path, provider: Mapping[str, str]) -> list[str]:
     )
 
 
-def _options(config: Mapping[str, str], provider: Mapping[str, str], level: int, *, fallback: bool) -> Any:
-    options = session_options(fallback=fallback)
-    options.log_severity_level = level
-    for key, value in config.items():
+def _options(config: Mapping[str, str], provider: Mapping[str, str], *, fallback: bool) -> Any:
+    options = runtime().SessionOptions()
+    options.log_severity_level = _SILENT
+    for key, value in (config if fallback else {**config, **NO_FALLBACK}).items():
         options.add_session_config_entry(key, value)
     add_provider(options, provider)
     return options

@@ -20,6 +20,8 @@ from skipstone.errors import DeviceError
 from skipstone.runtimes.engines.onnxruntime.library import runtime
 from skipstone.runtimes.engines.onnxruntime.webgpu import Presence
 
+# Of a session: it runs on the NPU from end to end, or is refused.
+NO_FALLBACK = {"session.disable_cpu_ep_fallback": "1"}
 _EMULATED_ON = ("x86_64", "AMD64")
 
 
@@ -29,7 +31,8 @@ def open_qnn_session(path: Path, options: Any) -> Any:
     Raises:
         DeviceError: onnxruntime-qnn is not installed, or does not load.
     """
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for key, value in NO_FALLBACK.items():
+        options.add_session_config_entry(key, value)
     add_provider(options, {})
     with _no_output():
         return runtime().InferenceSession(str(path), options)
@@ -47,18 +50,6 @@ def qnn_presence() -> Presence:
 def is_emulated() -> bool:
     """Whether this machine has no Hexagon NPU but can emulate one."""
     return platform.machine() in _EMULATED_ON
-
-
-def session_options(*, fallback: bool) -> Any:
-    """Options of a session.
-
-    Args:
-        fallback: whether the CPU may run what the NPU does not take.
-    """
-    options = runtime().SessionOptions()
-    if not fallback:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    return options
 
 
 def add_provider(options: Any, settings: Mapping[str, str]) -> None:
