@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from skipstone.bundle import Bundle, onnx_manifest, open_bundle
+from skipstone.cli._untested import untested
 from skipstone.errors import DeviceError
 from skipstone.exporters import probe
 from skipstone.exporters.pipeline import export_checkpoint
@@ -134,6 +135,19 @@ def test_without_a_gpu_a_bundle_is_refused_with_what_to_do(
         DeviceError, match=r"made for webgpu; ONNX Runtime finds no GPU here \(install the GPU"
     ):
         open_engine(tiny, ONE)
+
+
+def test_an_export_without_a_gpu_says_that_it_was_not_tested(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webgpu, "_offered", list)
+    bundle = export_checkpoint(
+        tiny_checkpoint, tmp_path / "out", device="webgpu", quantize="none", exits=(1,)
+    )
+    assert onnx_manifest(bundle).graphs.status == "compiled"
+    assert bundle.manifest.parity is None
+    (line,) = untested(bundle.manifest)
+    assert line.startswith("made for webgpu, not run")
 
 
 def test_without_an_adapter_nothing_falls_back_to_the_cpu(tiny: Bundle) -> None:
