@@ -23,6 +23,7 @@ from skipstone.runtimes.engines.eager_t5 import EagerT5Engine
 from skipstone.runtimes.engines.executorch import ExecuTorchEngine
 from skipstone.runtimes.engines.executorch.memory import report_memory
 from skipstone.runtimes.engines.executorch.profile import profile_bundle
+from skipstone.runtimes.engines.placement import Placement, open_placed
 from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.session import Session
 from tests.exporters.tiny import VOCAB_SIZE
@@ -282,3 +283,39 @@ def test_every_method_is_measured_for_time_and_memory(export: Export) -> None:
     profile = profile_bundle(bundle, EngineOptions(threads=1), widths=(2,))
     assert list(dict.fromkeys(entry.method for entry in profile.methods)) == names
     assert all(entry.microseconds > 0 for entry in profile.methods)
+
+
+@pytest.fixture(scope="module")
+def gguf(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same checkpoint for llama.cpp, for shorter sources."""
+    return export_checkpoint(
+        checkpoints["t5"],
+        tmp_path_factory.mktemp("bundle") / "gguf",
+        quantize="none",
+        exits=(1,),
+        encoder_exits=(1, 3),
+        context_length=CONTEXT,
+        max_source_length=48,
+    )
+
+
+@pytest.mark.parametrize("owners", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("layers", [4, 3])
+def test_segments_placed_on_two_engines_attend_to_the_source_on_both(
+    export: Export, gguf: Bundle, checkpoints: dict[str, Path], owners: tuple[int, ...], layers: int
+) -> None:
+    """Every engine has an encoder, and all stop at the same of its layers."""
+    engine = open_placed(Placement((gguf, export("t5")), owners), EngineOptions(threads=1))
+    assert engine.encoder is not None
+    assert engine.encoder.max_source_length == 48
+    eager = EagerT5Engine.from_checkpoint(checkpoints["t5"], (1,), engine.draft_vocabulary, (1, 3))
+    with Session(engine, 60) as ours, Session(eager, 60) as oracle:
+        for source in (SOURCE, SOURCE[:9]):
+            for session in (ours, oracle):
+                assert session.encode(source, lambda reached, *_states: reached == layers) == layers
+            np.testing.assert_allclose(ours.prefill(TEXT[:3]), oracle.prefill(TEXT[:3]), atol=1e-3)
+            rows = [session.push([20, 21, 22], [ROOT] * 3) for session in (ours, oracle)]
+            for exit_layer in engine.exits:
+                found, expected = ours.advance(rows[0], exit_layer), oracle.advance(rows[1], exit_layer)
+                np.testing.assert_allclose(np.stack(found), np.stack(expected), atol=1e-3)
+    engine.close()
