@@ -18,7 +18,6 @@ A mix gives parts of the model schemes of their own:
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 
 from skipstone.errors import UsageError
+from skipstone.exporters.formats.scheme_names import find_scheme
 from skipstone.exporters.segments import Parts
 
 _GROUP = 32
@@ -125,14 +125,7 @@ def scheme_of(name: str, flag: str = "--quantize") -> Scheme:
     Raises:
         UsageError: no such scheme; lists them.
     """
-    scheme = SCHEMES.get("none" if name == "f32" else name.lower())
-    if scheme is None:
-        near = difflib.get_close_matches(name.lower(), SCHEMES, n=1)
-        raise UsageError(
-            f"{flag} {name}: unknown scheme for --format executorch, expected {', '.join(SCHEMES)}",
-            hint=f"did you mean {near[0]}?" if near else "see docs/executorch.md",
-        )
-    return scheme
+    return find_scheme(name, SCHEMES, format="executorch", docs="docs/executorch.md", flag=flag)
 
 
 def parse_mix(quantize: str, mix: str | None, num_layers: int) -> Mix:

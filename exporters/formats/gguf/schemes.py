@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from skipstone.errors import EngineError, UsageError
+from skipstone.errors import EngineError
+from skipstone.exporters.formats.scheme_names import find_scheme
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,7 @@ def scheme_of(name: str) -> Scheme:
     Raises:
         UsageError: no such scheme; lists them.
     """
-    scheme = SCHEMES.get("f32" if name == "none" else name.lower())
-    if scheme is None:
-        near = difflib.get_close_matches(name.lower(), SCHEMES, n=1)
-        raise UsageError(
-            f"--quantize {name}: unknown scheme, expected none, {', '.join(SCHEMES)}",
-            hint=f"did you mean {near[0]}?" if near else "see docs/export.md",
-        )
-    return scheme
+    return find_scheme(name, SCHEMES, format="gguf", docs="docs/export.md")
 
 
 def quantize_file(source: str, target: str, file_type: int, imatrix: str | None, threads: int) -> None:

@@ -20,7 +20,6 @@ With any but `none` the embeddings are kept in float16.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +29,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantizer,
 )
 
-from skipstone.errors import UsageError
 from skipstone.exporters.formats.onnx.qdq import Rounding
+from skipstone.exporters.formats.scheme_names import find_scheme
 
 BLOCK = 32
 OPERATOR, DOMAIN = "MatMulNBits", "com.microsoft"
@@ -88,14 +87,7 @@ def scheme_of(name: str) -> Scheme:
     Raises:
         UsageError: no such scheme; lists them.
     """
-    scheme = SCHEMES.get("none" if name == "f32" else name.lower())
-    if scheme is None:
-        near = difflib.get_close_matches(name.lower(), SCHEMES, n=1)
-        raise UsageError(
-            f"--quantize {name}: unknown scheme for --format onnx, expected {', '.join(SCHEMES)}",
-            hint=f"did you mean {near[0]}?" if near else "see docs/onnx.md",
-        )
-    return scheme
+    return find_scheme(name, SCHEMES, format="onnx", docs="docs/onnx.md")
 
 
 def quantize(graph: ir.Model, scheme: Scheme) -> None:
