@@ -40,11 +40,12 @@ _RECORD_ROUNDS = 6  # rounds that make a gain worth remembering; shorter generat
 _GAIN = 1.1  # speed-up over them that earns trust
 _CREDIT = 0.5  # plain tokens that drafting may lose at once
 _SHARE = 0.01  # of all tokens, that it may lose in the long run
-_TRUST = 1.0  # more of them, for an arm that is trusted
+_TRUST = 1.0  # more of them, for an arm that is trusted, times its gain
 _STAKE = 1.5  # plain tokens that a round may lose beyond the credit
 _OUTLIER = 1.5  # a round this much slower than foreseen was interrupted from outside
 _HOPE = 1.05  # speed-up that an untried arm of text, and one that wakes, is taken to have; stages come before text
 _CURIOSITY = 0.3  # share of its speed-up that an untried arm is given as a bonus
+_KNOWN = 16  # rounds after which an arm is known; until then one that is trusted pays for a round in every generation
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +60,7 @@ class Arm:
         asleep_until: count of generated tokens at which it may be tried again.
         gains: its speed-up in the last generations that used it, short ones taken together.
         generation: rounds, tokens and price of the present one, and of short ones before.
+        tried: whether the present generation has taken it.
     """
 
     drafter: Drafter
@@ -69,6 +71,7 @@ class Arm:
     asleep_until: int = 0
     gains: deque[float] = field(default_factory=lambda: deque(maxlen=_RECORDS))
     generation: tuple[int, float, float] = (0, 0.0, 0.0)
+    tried: bool = False
 
     @property
     def gain(self) -> float:
@@ -93,7 +96,7 @@ class Arm:
 
     def update(self, tokens: int, price: float) -> None:
         """Take in one round; the first few weigh more."""
-        self.rounds += 1
+        self.rounds, self.tried = self.rounds + 1, True
         weight = max(_MEMORY, 1.0 / (1.0 + self.rounds))
         self.tokens += weight * (tokens - self.tokens)
         self.price += weight * (price - self.price)
@@ -112,7 +115,7 @@ class Arm:
         if rounds >= _RECORD_ROUNDS:
             self.gains.append(tokens / price)
             self.generation = 0, 0.0, 0.0
-        self.asleep_until, self.nap = 0, _FIRST_NAP
+        self.asleep_until, self.nap, self.tried = 0, _FIRST_NAP, False
 
 
 class AutoPolicy:
@@ -149,6 +152,8 @@ class AutoPolicy:
         self._chosen, self._stake = None, 0.0
         if self._plain_rounds >= _WARM_UP:
             best = max(filter(self._may_take, self._arms), key=lambda arm: arm.hoped, default=None)
+            if best is not None and best.trusted:
+                best = self._unknown() or best
             if best is not None and best.hoped > 1.0:
                 self._chosen, self._stake = best, self._account(best) + _STAKE
         drafter = None if self._chosen is None else self._chosen.drafter
@@ -181,9 +186,13 @@ class AutoPolicy:
         self._plain_rounds += 1
         self._seconds += max(_MEMORY, 1.0 / (1.0 + self._plain_rounds)) * (seconds - self._seconds)
 
+    def _unknown(self) -> Arm | None:
+        """An arm that has hardly been seen, and not in this generation: a few bad rounds do not tell its worth."""
+        return next((arm for arm in self._arms if arm.rounds < _KNOWN and not arm.tried), None)
+
     def _account(self, arm: Arm) -> float:
         """Plain tokens that the arm may still lose in this generation."""
-        return self._credit + (_TRUST if arm.trusted else 0.0)
+        return self._credit + (_TRUST * arm.gain if arm.trusted else 0.0)
 
     def _may_take(self, arm: Arm) -> bool:
         return self._account(arm) > 0.0 and (arm.trusted or arm.asleep_until <= self._generated)
