@@ -45,7 +45,7 @@ _STAKE = 1.5  # plain tokens that a round may lose beyond the credit
 _OUTLIER = 1.5  # a round this much slower than foreseen was interrupted from outside
 _HOPE = 1.05  # speed-up that an untried arm of text, and one that wakes, is taken to have; stages come before text
 _CURIOSITY = 0.3  # share of its speed-up that an untried arm is given as a bonus
-_KNOWN = 16  # rounds after which an arm is known; until then one that is trusted pays for a round in every generation
+_KNOWN = 8  # rounds after which an arm is known; until then lesser ones, if trusted, pay for one in every generation
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +55,7 @@ class Arm:
     Attributes:
         drafter: its drafter.
         tokens, price: exponential means per round; the price is in tokens of plain decoding.
+        promise: the speed-up it was hoped to have before anything was known.
         rounds: how often it was taken.
         nap: tokens it will sleep next time.
         asleep_until: count of generated tokens at which it may be tried again.
@@ -64,7 +65,8 @@ class Arm:
     """
 
     drafter: Drafter
-    tokens: float = _HOPE
+    promise: float = _HOPE
+    tokens: float = field(init=False)
     price: float = 1.0
     rounds: int = 0
     nap: int = _FIRST_NAP
@@ -72,6 +74,9 @@ class Arm:
     gains: deque[float] = field(default_factory=lambda: deque(maxlen=_RECORDS))
     generation: tuple[int, float, float] = (0, 0.0, 0.0)
     tried: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = self.promise
 
     @property
     def gain(self) -> float:
@@ -153,7 +158,7 @@ class AutoPolicy:
         if self._plain_rounds >= _WARM_UP:
             best = max(filter(self._may_take, self._arms), key=lambda arm: arm.hoped, default=None)
             if best is not None and best.trusted:
-                best = self._unknown() or best
+                best = self._unlucky(best) or best
             if best is not None and best.hoped > 1.0:
                 self._chosen, self._stake = best, self._account(best) + _STAKE
         drafter = None if self._chosen is None else self._chosen.drafter
@@ -186,9 +191,12 @@ class AutoPolicy:
         self._plain_rounds += 1
         self._seconds += max(_MEMORY, 1.0 / (1.0 + self._plain_rounds)) * (seconds - self._seconds)
 
-    def _unknown(self) -> Arm | None:
-        """An arm that has hardly been seen, and not in this generation: a few bad rounds do not tell its worth."""
-        return next((arm for arm in self._arms if arm.rounds < _KNOWN and not arm.tried), None)
+    def _unlucky(self, best: Arm) -> Arm | None:
+        """An arm that promised more than the best one, was hardly seen, and not in this generation: a few bad rounds
+        do not tell its worth.
+        """
+        hardly = (arm for arm in self._arms if arm.rounds < _KNOWN and not arm.tried)
+        return next((arm for arm in hardly if arm.promise > best.promise), None)
 
     def _account(self, arm: Arm) -> float:
         """Plain tokens that the arm may still lose in this generation."""
