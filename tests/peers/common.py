@@ -26,7 +26,7 @@ from tests.peers.line_protocol import Request, Worker
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = ("plain", "layerskip", "prompt-lookup", "staged", "auto")
-_SETTLE_SECONDS = 0.3  # thread teams of the process before may still wait spinning
+_SETTLE_SECONDS = 0.05  # thread teams of the process before may still wait spinning
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,14 @@
 python -m tests.peers.skipstone_worker BUNDLE THREADS
 
 Of an encoder-decoder the output ends with the text; a decoder goes on behind it, so that all generate as much.
+
+While the other system has its turn this process sleeps, and on some machines the threads of llama.cpp, which spin while
+they wait for each other, come to lie on one core when it goes on: a token then takes thirty times as long, for a while. So
+every turn begins with untimed plain decoding until a token takes about what it took at the start, or for some seconds.
 """
 
 import sys
+import time
 from importlib.metadata import version
 
 from skipstone.benchmark.measure import StrategyRunner
@@ -17,6 +22,22 @@ from skipstone.runtimes.generate import GenerationLimits, Policy
 from skipstone.runtimes.sampling import SamplingConfig
 from skipstone.runtimes.strategies import StrategyOptions
 from tests.peers.line_protocol import Answer, Generate, Request, serve
+
+_AWAKE = 1.5  # times the seconds of a plain token at the start
+_LONGEST_WAKING = 5.0
+_FEW = GenerationLimits(16)
+
+
+def wake(subject: Subject, given: ModelInput) -> None:
+    """Decode plainly until it is about as fast as it was at the start, or for some seconds."""
+    run = StrategyRunner(
+        (subject,), new_policy("plain", subject, None, StrategyOptions()), _FEW, SamplingConfig()
+    )
+    began = time.perf_counter()
+    while time.perf_counter() - began < _LONGEST_WAKING:
+        seconds = run(given).seconds_per_token
+        if seconds is None or seconds < _AWAKE * subject.costs.plain:
+            return
 
 
 def start() -> tuple[Generate, dict[str, str]]:
@@ -31,7 +52,9 @@ def start() -> tuple[Generate, dict[str, str]]:
             policies[request.row] = new_policy(request.row, subject, None, StrategyOptions())
         limits = GenerationLimits(request.max_new_tokens, ends)
         run = StrategyRunner((subject,), policies[request.row], limits, SamplingConfig())
-        sample = run(ModelInput(request.prompt, request.source))
+        given = ModelInput(request.prompt, request.source)
+        wake(subject, given)
+        sample = run(given)
         return Answer(sample.tokens, sample.first_seconds, sample.decode_seconds, sample.rounds)
 
     engine = {"gguf": "llama-cpp-python", "executorch": "executorch", "onnx": "onnxruntime"}[manifest.format]
