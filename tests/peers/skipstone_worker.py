@@ -4,9 +4,10 @@ python -m tests.peers.skipstone_worker BUNDLE THREADS
 
 Of an encoder-decoder the output ends with the text; a decoder goes on behind it, so that all generate as much.
 
-While the other system has its turn this process sleeps, and on some machines the threads of llama.cpp, which spin while
-they wait for each other, come to lie on one core when it goes on: a token then takes thirty times as long, for a while. So
-every turn begins with untimed plain decoding until a token takes about what it took at the start, or for some seconds.
+While the other system has its turn this process sleeps, and on some machines the threads of llama.cpp, which spin
+while they wait for each other, come to lie on one core when it goes on: a token then takes thirty times as long, for a
+while. So every turn begins with untimed plain decoding until a token takes about what it took at the start, or for some
+seconds.
 """
 
 import sys
