@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from skipstone.bundle import ModelFacts
-from skipstone.runtimes.drafters.lexicon import Lexicon
+from skipstone.runtimes.drafters.lexicon import WORD, Lexicon
 
 LEXICON_FILE = "lexicon.json"
-_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _LEAST = 3  # times that a word must occur: rarer ones are as often slips of the text itself
 
 
 def count_words(texts: Iterable[str]) -> Lexicon:
     """The words of texts, in lower case."""
-    counts = Counter(word.lower() for text in texts for word in _WORD.findall(text))
+    counts = Counter(word.lower() for text in texts for word in WORD.findall(text))
     return Lexicon({word: count for word, count in counts.items() if count >= _LEAST})
 
 

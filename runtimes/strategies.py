@@ -88,7 +88,7 @@ class Materials:
         parts: list[Drafter] = []
         if self.engine.encoder is not None and self.amendments is None:
             parts.append(AggressiveDrafter(begins=begins))
-        elif self.amendments is not None:
+        elif self.engine.encoder is not None and self.amendments is not None:
             parts.append(AggressiveDrafter(self.amendments.source, begins=begins, doubt=_AS_IT_IS))
             parts.append(AggressiveDrafter(self.amendments.amended, "lexicon", begins, _AMENDED))
         if (guide := self.guide) is not None:

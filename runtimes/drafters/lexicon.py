@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 from skipstone.errors import BundleError
 
-_WORD = re.compile(r"([^\W\d_]+(?:'[^\W\d_]+)?)")
+WORD = re.compile(r"([^\W\d_]+(?:'[^\W\d_]+)?)")
 _LEAST_LENGTH = 3  # shorter words are as often names of something
 _LETTERS = 40  # of the listed words, the most frequent: what a slip may put in
 _SPLIT = 0.3  # that a space was left out is so much less likely than another slip
@@ -72,7 +72,7 @@ class Lexicon:
 
     def amend(self, text: str) -> str:
         """The text with its unknown words replaced; what no listed word is near to stays."""
-        pieces = _WORD.split(text)  # words at odd places, what is between them at even ones
+        pieces = WORD.split(text)  # words at odd places, what is between them at even ones
         at = 1
         while at + 2 < len(pieces):
             first, between, second = pieces[at : at + 3]
