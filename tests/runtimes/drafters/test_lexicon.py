@@ -123,6 +123,12 @@ def test_both_readings_are_drafted_the_amended_one_first_and_doubt_is_learned() 
     both.reset([START], source)
     learned = both.propose(request([START], limit=60, floor=0.01))
     assert score_of(learned, source) > score_of(learned, right)
+    # 5 characters in, the readings part: what is learned there is of that place, not of copying
+    for drafter, path, doubted in ((own, source, (0.6, 1.0)), (other, right, (0.0, 0.4))):
+        alone = drafter.propose(request([START], limit=60, floor=1e-6))
+        steps = [score_of(alone, path[: at + 1]) / score_of(alone, path[:at]) for at in (4, 5)]
+        assert steps[0] > 0.9
+        assert doubted[0] < steps[1] < doubted[1]
 
 
 def score_of(tree: TokenTree, path: Sequence[int]) -> float:
