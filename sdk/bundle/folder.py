@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -18,15 +19,14 @@ from skipstone.bundle.manifest import (
     MANIFEST,
     MANIFEST_NAME,
     SCHEMA_VERSION,
-    ExecuTorchManifest,
     FileEntry,
-    GgufManifest,
     Manifest,
-    OnnxManifest,
+    ManifestBase,
 )
 from skipstone.errors import BundleError
 
 _HASH_BLOCK = 1 << 20
+_Manifest = TypeVar("_Manifest", bound=ManifestBase)
 
 
 class Bundle:
@@ -49,44 +49,19 @@ class Bundle:
         return f"Bundle({str(self.path)!r}, {self.manifest.model.name}, exits={self.manifest.exits})"
 
 
-def gguf_manifest(bundle: Bundle) -> GgufManifest:
-    """The manifest of a GGUF bundle.
+def manifest_of(bundle: Bundle, kind: type[_Manifest]) -> _Manifest:
+    """A bundle's manifest as that of one format, say `manifest_of(bundle, OnnxManifest)`.
 
     Raises:
         BundleError: it is of another format.
     """
-    if not isinstance(bundle.manifest, GgufManifest):
-        raise _other_format(bundle, "gguf")
+    if not isinstance(bundle.manifest, kind):
+        wanted = kind.model_fields["format"].default
+        raise BundleError(
+            f"{bundle.path}: a bundle of format {bundle.manifest.format}, {wanted} was expected",
+            hint=f"export it with --format {wanted}",
+        )
     return bundle.manifest
-
-
-def executorch_manifest(bundle: Bundle) -> ExecuTorchManifest:
-    """The manifest of an ExecuTorch bundle.
-
-    Raises:
-        BundleError: it is of another format.
-    """
-    if not isinstance(bundle.manifest, ExecuTorchManifest):
-        raise _other_format(bundle, "executorch")
-    return bundle.manifest
-
-
-def onnx_manifest(bundle: Bundle) -> OnnxManifest:
-    """The manifest of an ONNX bundle.
-
-    Raises:
-        BundleError: it is of another format.
-    """
-    if not isinstance(bundle.manifest, OnnxManifest):
-        raise _other_format(bundle, "onnx")
-    return bundle.manifest
-
-
-def _other_format(bundle: Bundle, wanted: str) -> BundleError:
-    return BundleError(
-        f"{bundle.path}: a bundle of format {bundle.manifest.format}, {wanted} was expected",
-        hint=f"export it with --format {wanted}",
-    )
 
 
 def open_bundle(path: str | os.PathLike[str], *, verify_hashes: bool = True) -> Bundle:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5ForConditionalGeneration
 
 from samples.random_weights import main as random_weights
-from skipstone.bundle import Bundle, gguf_manifest, open_bundle
+from skipstone.bundle import Bundle, GgufManifest, manifest_of, open_bundle
 from skipstone.errors import BundleError, CheckpointError, ExportError, SkipstoneError, UsageError
 from skipstone.exporters.formats.gguf import cut, cut_t5, t5
 from skipstone.exporters.formats.gguf.cut import Cut
@@ -113,7 +113,7 @@ def test_the_manifest_tells_encoder_and_decoder_apart(tiny_t5: MakeTiny, tmp_pat
         context_length=100,
         max_source_length=70,
     )
-    manifest = gguf_manifest(open_bundle(tmp_path / "out"))
+    manifest = manifest_of(open_bundle(tmp_path / "out"), GgufManifest)
     model, encoder = manifest.model, manifest.model.encoder
     assert encoder is not None
     assert (model.num_layers, model.context_length, model.tied_embeddings) == (3, 100, False)
@@ -168,7 +168,7 @@ def test_every_weight_is_in_the_bundle_once(tiny_t5: MakeTiny, tmp_path: Path) -
     bundle = export_checkpoint(
         tiny_t5("t5"), tmp_path / "out", quantize="f32", exits=(1, 2), encoder_exits=(2,), draft_vocab_size=16
     )
-    manifest = gguf_manifest(bundle)
+    manifest = manifest_of(bundle, GgufManifest)
     files = [entry.file for entry in (*manifest.encoder_segments, *manifest.segments)]
     seen: dict[bytes, int] = {}
     idle = total = 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from skipstone.bundle import EncoderFacts, GgufManifest
+from skipstone.bundle import Bundle, EncoderFacts, GgufManifest, OnnxManifest, manifest_of
+from skipstone.errors import BundleError
 
 _HASH = "0" * 64
 _FILES = ("tokenizer.json", "encoder-0.gguf", "encoder-1.gguf", "segment-0.gguf", "segment-1.gguf")
@@ -108,3 +110,11 @@ def test_an_encoders_file_without_a_hash_is_refused() -> None:
     files = [entry for entry in manifest()["files"] if entry["path"] != "encoder-1.gguf"]
     with pytest.raises(ValidationError, match=r"files not listed with a hash: encoder-1\.gguf"):
         check(manifest(files=files))
+
+
+def test_a_manifest_is_narrowed_to_its_own_format_alone() -> None:
+    bundle = Bundle(Path("out"), check(manifest()))
+    assert manifest_of(bundle, GgufManifest) is bundle.manifest
+    with pytest.raises(BundleError, match=r"out: a bundle of format gguf, onnx was expected") as refused:
+        manifest_of(bundle, OnnxManifest)
+    assert refused.value.hint == "export it with --format onnx"

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from skipstone.bundle import Bundle, Quantization, executorch_manifest
+from skipstone.bundle import Bundle, ExecuTorchManifest, Quantization, manifest_of
 from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats.executorch.calibration import calibrated
 from skipstone.exporters.formats.executorch.methods import Shape, methods_of
@@ -68,7 +68,7 @@ class CalibratedDecoder(EagerDecoder):
 
     def __init__(self, bundle: Bundle, checkpoint: str, calibration: str) -> None:
         super().__init__(bundle, checkpoint)
-        program = executorch_manifest(bundle).program
+        program = manifest_of(bundle, ExecuTorchManifest).program
         shape = Shape(bundle.manifest.model.hidden_size, program.slots, program.max_width)
         parts = cut_decoder(
             load_decoder(Path(checkpoint)),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle, executorch_manifest
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of
 from skipstone.exporters.encoder_decoder import Cuts, Limits
 from skipstone.exporters.formats.executorch.oracle import mix_of
 from skipstone.exporters.formats.executorch.source_program import cut_for_slots, quantize_parts
@@ -26,7 +26,7 @@ class EagerEncoderDecoder:
     """
 
     def __init__(self, bundle: Bundle, checkpoint: str) -> None:
-        manifest = executorch_manifest(bundle)
+        manifest = manifest_of(bundle, ExecuTorchManifest)
         encoder, slots = manifest.model.encoder, manifest.program.slots
         limits = Limits(slots if encoder is None else encoder.max_source_length, slots)
         self._parts = cut_for_slots(Path(checkpoint), Cuts((), ()), limits, None)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from skipstone.bundle import Bundle, GraphEntry, onnx_manifest
+from skipstone.bundle import Bundle, GraphEntry, OnnxManifest, manifest_of
 from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats.onnx.schemes import OPERATOR, unpack
 
@@ -28,7 +28,7 @@ class EagerDecoder:
     """
 
     def __init__(self, bundle: Bundle, checkpoint: str) -> None:
-        graphs, model = onnx_manifest(bundle).graphs, load_eager(Path(checkpoint))
+        graphs, model = manifest_of(bundle, OnnxManifest).graphs, load_eager(Path(checkpoint))
         model.lm_head.weight = _parameter(model.lm_head.weight.detach().clone().numpy())  # untied
         for entry in graphs.graphs:
             if entry.part != "draft_head":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from skipstone.bundle import Bundle, ExecuTorchManifest, executorch_manifest
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of
 from skipstone.errors import BundleError, EngineError
 from skipstone.runtimes.engines.base import Share
 from skipstone.runtimes.engines.executorch.cache import ExecuTorchCache
@@ -43,7 +43,7 @@ class ExecuTorchEngine:
     kv_type = "f32"
 
     def __init__(self, bundle: Bundle, options: EngineOptions, *, rehearsed: bool = False) -> None:
-        manifest = executorch_manifest(bundle)
+        manifest = manifest_of(bundle, ExecuTorchManifest)
         self._manifest, self._entry = manifest, manifest.program
         self._path = bundle.file(manifest.program.file)
         self.threads = planned_threads(options, self._entry.target)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
-from skipstone.bundle import Bundle, ExecuTorchManifest, executorch_manifest, open_bundle
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of, open_bundle
 from skipstone.errors import EngineError, SkipstoneError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines import EngineOptions
@@ -90,7 +90,7 @@ def report_memory(bundle: Bundle, options: EngineOptions) -> MemoryReport:
         BundleError: a bundle of another format.
         EngineError: the program cannot be loaded, says why; or the process failed, shows what it wrote last.
     """
-    executorch_manifest(bundle)
+    manifest_of(bundle, ExecuTorchManifest)
     threads = num_cores() if options.threads is None else options.threads
     command = [sys.executable, "-m", __name__, str(bundle.path), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -107,7 +107,7 @@ def report_memory(bundle: Bundle, options: EngineOptions) -> MemoryReport:
 
 def measure(bundle: Bundle, threads: int) -> MemoryReport:
     """Measure a bundle in this process, which must not have loaded a program before."""
-    manifest = executorch_manifest(bundle)
+    manifest = manifest_of(bundle, ExecuTorchManifest)
     path = bundle.file(manifest.program.file)
     plan = read_plan(path)
     native()

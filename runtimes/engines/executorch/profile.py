@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle, executorch_manifest
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of
 from skipstone.errors import EngineError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.executorch.calls import Layout, MethodCalls
@@ -119,7 +119,7 @@ def profile_bundle(
         BundleError: a bundle of another format, or its program does not fit the manifest.
         EngineError: ExecuTorch is missing, refuses the file, or was built without its event tracer.
     """
-    manifest = executorch_manifest(bundle)
+    manifest = manifest_of(bundle, ExecuTorchManifest)
     entry = manifest.program
     threads = num_cores() if options.threads is None else options.threads
     program = Program(bundle.file(entry.file), entry, threads, record=True)

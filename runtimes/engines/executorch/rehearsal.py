@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from skipstone.bundle import Bundle, executorch_manifest, open_bundle
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of, open_bundle
 from skipstone.errors import BundleError, SkipstoneError
 from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.session import Session
@@ -39,7 +39,7 @@ def rehearse(bundle: Bundle) -> None:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode < 0 or done.returncode >= _WINDOWS_FAULT:
         raise BundleError(
-            f"{bundle.file(executorch_manifest(bundle).program.file)}: ExecuTorch dies of it "
+            f"{bundle.file(manifest_of(bundle, ExecuTorchManifest).program.file)}: ExecuTorch dies of it "
             f"({_reason(done.returncode)})",
             hint="the file is damaged, or made for another release; export the bundle again",
         )
@@ -74,7 +74,7 @@ def main(folder: str) -> int:
 
 def _mark(bundle: Bundle) -> Path:
     """An empty file that stands for a program known to be sound with this ExecuTorch."""
-    name = executorch_manifest(bundle).program.file
+    name = manifest_of(bundle, ExecuTorchManifest).program.file
     (sha256,) = (entry.sha256 for entry in bundle.manifest.files if entry.path == name)
     try:
         version = importlib.metadata.version("executorch")

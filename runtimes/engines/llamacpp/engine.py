@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle, gguf_manifest
+from skipstone.bundle import Bundle, GgufManifest, manifest_of
 from skipstone.errors import BundleError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines.llamacpp.cache import LlamaCppCache
@@ -42,7 +42,7 @@ class LlamaCppEngine:
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        manifest = gguf_manifest(bundle)
+        manifest = manifest_of(bundle, GgufManifest)
         self._lane_options = _lane_options(bundle, options)
         self._parts: dict[int, Part] = {}
         self._head: Part | None = None
@@ -104,7 +104,7 @@ class LlamaCppEngine:
                 part.close()
 
     def _load(self, bundle: Bundle) -> None:
-        manifest, planned = gguf_manifest(bundle), self._plan
+        manifest, planned = manifest_of(bundle, GgufManifest), self._plan
         for source_entry, planned_part in zip(manifest.encoder_segments, planned.encoder, strict=True):
             part = self._open(planned_part)
             self._encoder_parts.append(part)

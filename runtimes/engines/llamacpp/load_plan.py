@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipstone.bundle import Bundle, GgufManifest, gguf_manifest
+from skipstone.bundle import Bundle, GgufManifest, manifest_of
 from skipstone.errors import UsageError
 from skipstone.runtimes.engines.llamacpp.embedding import table_bytes
 
@@ -93,7 +93,7 @@ def load_plan(bundle: Bundle, options: EngineOptions) -> LoadPlan:
     """
     if options.gpu_layers < ALL:
         raise UsageError(f"--gpu-layers {options.gpu_layers}: expected a number of layers, or -1 for all")
-    manifest, share = gguf_manifest(bundle), options.share
+    manifest, share = manifest_of(bundle, GgufManifest), options.share
     sizes = {entry.path: entry.size for entry in manifest.files}
     counts = [part.stop - part.first for part in manifest.encoder_segments]
     counts += [part.stop - part.first for part in manifest.segments]

@@ -20,7 +20,7 @@ from typing import cast
 
 import numpy as np
 
-from skipstone.bundle import Bundle, gguf_manifest
+from skipstone.bundle import Bundle, GgufManifest, manifest_of
 from skipstone.runtimes.user_cache import cache_folder
 
 _NO_REPACKING = ("f32", "f16", "bf16")
@@ -40,7 +40,7 @@ def repacking_is_safe(bundle: Bundle) -> bool:
     verdict = cache_folder() / "trust" / f"{key}.json"
     known = _read(verdict)
     if known is None:
-        segments = gguf_manifest(bundle).segments
+        segments = manifest_of(bundle, GgufManifest).segments
         segment = min((bundle.file(s.file) for s in segments), key=lambda p: p.stat().st_size)
         known = _try_in_subprocess(segment)
         _write(verdict, known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from skipstone.bundle import GRAPH_INTERFACE, Bundle, OnnxManifest, onnx_manifest
+from skipstone.bundle import GRAPH_INTERFACE, Bundle, OnnxManifest, manifest_of
 from skipstone.errors import BundleError
 from skipstone.runtimes.engines.base import Share
 from skipstone.runtimes.engines.onnxruntime.cache import CacheLimits, OnnxRuntimeCache
@@ -38,7 +38,7 @@ class OnnxRuntimeEngine:
     kv_type = "f32"
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        manifest = onnx_manifest(bundle)
+        manifest = manifest_of(bundle, OnnxManifest)
         self._manifest, self._entry = manifest, manifest.graphs
         if self._entry.interface != GRAPH_INTERFACE:
             raise BundleError(

@@ -16,7 +16,7 @@ import skipstone.runtimes.engines.executorch.program as program_module
 import skipstone.runtimes.generate as generate_module
 import skipstone.runtimes.policies.auto as auto_module
 from skipstone.benchmark.lossless import first_difference
-from skipstone.bundle import Bundle, CostCurve, executorch_manifest, open_bundle
+from skipstone.bundle import Bundle, CostCurve, ExecuTorchManifest, manifest_of, open_bundle
 from skipstone.errors import BundleError, ContextFullError, EngineError, UsageError
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.engines import EngineOptions, open_engine
@@ -175,7 +175,7 @@ def damaged(source: Path, folder: Path, content: bytes) -> Bundle:
     """A bundle whose program holds something else, with the manifest telling the truth of its size."""
     shutil.copytree(source, folder)
     bundle = open_bundle(folder)
-    program = executorch_manifest(bundle).program.file
+    program = manifest_of(bundle, ExecuTorchManifest).program.file
     (folder / program).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     for entry in manifest["files"]:
@@ -224,14 +224,14 @@ def test_altered_weights_are_noticed_by_their_hash(coder_bundle_executorch: Path
 
 def test_a_manifest_that_names_other_methods_is_refused(coder_bundle_executorch: Path) -> None:
     bundle = open_bundle(coder_bundle_executorch)
-    entry = executorch_manifest(bundle).program
+    entry = manifest_of(bundle, ExecuTorchManifest).program
     fewer = entry.model_copy(update={"methods": entry.methods[:-1]})
     with pytest.raises(BundleError, match="the manifest names"):
         Program(bundle.file(entry.file), fewer, threads=1)
 
 
 def test_a_file_that_is_gone_is_named(coder_bundle_executorch: Path, tmp_path: Path) -> None:
-    entry = executorch_manifest(open_bundle(coder_bundle_executorch)).program
+    entry = manifest_of(open_bundle(coder_bundle_executorch), ExecuTorchManifest).program
     with pytest.raises(BundleError, match=r"gone\.pte: cannot be read"):
         Program(tmp_path / "gone.pte", entry, threads=1)
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle, executorch_manifest, open_bundle
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of, open_bundle
 from skipstone.errors import BundleError, ContextFullError, EngineError, UsageError
 from skipstone.exporters.pipeline import export_checkpoint
 from skipstone.exporters.reference import EagerReference
@@ -275,7 +275,9 @@ def test_every_method_is_measured_for_time_and_memory(export: Export) -> None:
         "embed", "encoder_0", "encoder_1", "encoder_2", "cross", "segment_0", "segment_1", "draft_head", "head",
         "compact",
     ]  # fmt: skip
-    assert sorted(method.name for method in executorch_manifest(bundle).program.methods) == sorted(names)
+    assert sorted(
+        method.name for method in manifest_of(bundle, ExecuTorchManifest).program.methods
+    ) == sorted(names)
     report = report_memory(bundle, EngineOptions(threads=1))
     assert [method.name for method in report.methods] == names
     heads, size = 6, 16

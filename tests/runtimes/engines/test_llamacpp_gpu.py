@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from skipstone.bundle import Bundle, gguf_manifest
+from skipstone.bundle import Bundle, GgufManifest, manifest_of
 from skipstone.errors import EngineError, UsageError
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Share
@@ -77,7 +77,7 @@ def test_bytes_on_the_gpu_and_on_the_host_are_all_of_a_part() -> None:
 
 @pytest.mark.engine
 def test_a_bundles_files_are_planned_with_their_sizes(tiny_bundle: Bundle) -> None:
-    manifest = gguf_manifest(tiny_bundle)
+    manifest = manifest_of(tiny_bundle, GgufManifest)
     plan = load_plan(tiny_bundle, EngineOptions(gpu_layers=3))
     assert [part.gpu_layers for part in plan.segments.values()] == [0, 0, 3]
     assert plan.draft_head is not None
@@ -127,7 +127,7 @@ def open_session(bundle: Bundle, gpu_layers: int) -> Session:
 def test_a_gpu_that_is_too_small_is_refused_with_both_sizes(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = gguf_manifest(tiny_bundle)
+    manifest = manifest_of(tiny_bundle, GgufManifest)
     weights = sum(path.stat().st_size for path in tiny_bundle.path.glob("*.gguf"))
     needed = f"{(weights - table_bytes(manifest.embedding)) / 1e6:.1f} MB"
     build(monkeypatch, CPU, RegisteredDevice("CUDA", "a small card", True, 100_000, 8_000_000_000))

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle, gguf_manifest
+from skipstone.bundle import Bundle, GgufManifest, manifest_of
 from skipstone.errors import BundleError, ContextFullError, EngineError, UsageError
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Engine
@@ -304,7 +304,7 @@ def _altered(bundle: Bundle, folder: Path) -> Bundle:
 @pytest.mark.parametrize("which", ["encoder_segments", "segments"])
 def test_a_truncated_segment_is_refused_with_its_name(bundle: Bundle, which: str, tmp_path: Path) -> None:
     altered = _altered(bundle, tmp_path / "altered")
-    file = altered.path / getattr(gguf_manifest(bundle), which)[0].file
+    file = altered.path / getattr(manifest_of(bundle, GgufManifest), which)[0].file
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(EngineError, match=file.name):
         open_engine(altered, EngineOptions(threads=1))
@@ -313,7 +313,7 @@ def test_a_truncated_segment_is_refused_with_its_name(bundle: Bundle, which: str
 @pytest.mark.parametrize("into", ["segments", "encoder_segments"])
 def test_segments_that_were_swapped_are_refused(bundle: Bundle, into: str, tmp_path: Path) -> None:
     """A decoder's part where the encoder's is expected, or the other way round: decoding could kill the process."""
-    manifest = gguf_manifest(bundle)
+    manifest = manifest_of(bundle, GgufManifest)
     files = {"encoder_segments": manifest.encoder_segments[0].file, "segments": manifest.segments[0].file}
     altered = _altered(bundle, tmp_path / "altered")
     (source,) = (file for which, file in files.items() if which != into)
@@ -324,7 +324,7 @@ def test_segments_that_were_swapped_are_refused(bundle: Bundle, into: str, tmp_p
 
 def test_another_models_segment_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     altered = _altered(bundle, tmp_path / "altered")
-    manifest = gguf_manifest(bundle)
+    manifest = manifest_of(bundle, GgufManifest)
     first, second = (part.file for part in manifest.encoder_segments[:2])  # of one layer, and of two
     shutil.copy(bundle.file(second), altered.path / first)
     with pytest.raises(BundleError, match=first):

@@ -16,7 +16,7 @@ import pytest
 import skipstone.runtimes.generate as generate_module
 import skipstone.runtimes.policies.auto as auto_module
 from skipstone.benchmark.lossless import first_difference
-from skipstone.bundle import Bundle, hash_file, onnx_manifest, open_bundle
+from skipstone.bundle import Bundle, OnnxManifest, hash_file, manifest_of, open_bundle
 from skipstone.errors import (
     BundleError,
     ContextFullError,
@@ -269,12 +269,12 @@ def test_altered_bytes_never_kill_the_process(tiny_onnx_bundle: Bundle, tmp_path
     script = """
 import sys, numpy as np
 from pathlib import Path
-from skipstone.bundle import onnx_manifest, open_bundle
+from skipstone.bundle import OnnxManifest, manifest_of, open_bundle
 from skipstone.errors import SkipstoneError
 from skipstone.runtimes.engines.onnxruntime.graph import Graph
 from skipstone.runtimes.engines.onnxruntime.parts import signature
 bundle, folder = open_bundle(sys.argv[1]), Path(sys.argv[2])
-manifest, random = onnx_manifest(bundle), np.random.default_rng(0)
+manifest, random = manifest_of(bundle, OnnxManifest), np.random.default_rng(0)
 expected, whole = signature(manifest, "segment_1", None, 128), bundle.file("segment_1.onnx").read_bytes()
 given = {name: np.zeros([max(n, 1) for n in array.shape], array.dtype) for name, array in expected.inputs.items()}
 given["mask"] = np.zeros((1, 1, 1, 2), np.float32)
@@ -335,7 +335,7 @@ def test_a_closed_engine_refuses_to_compute(tiny_onnx_bundle: Bundle) -> None:
 
 
 def test_the_manifest_names_every_file_of_the_bundle(tiny_narrow_onnx_bundle: Bundle) -> None:
-    manifest = onnx_manifest(tiny_narrow_onnx_bundle)
+    manifest = manifest_of(tiny_narrow_onnx_bundle, OnnxManifest)
     files = {path.name for path in tiny_narrow_onnx_bundle.path.iterdir()} - {"manifest.json"}
     assert {name for name in files if not name.startswith(".")} == set(manifest.contents)
     assert [graph.width for graph in manifest.graphs.of("segment_1")] == [1, 4, 16]

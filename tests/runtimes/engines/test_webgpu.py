@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from skipstone.bundle import Bundle, onnx_manifest, open_bundle
+from skipstone.bundle import Bundle, OnnxManifest, manifest_of, open_bundle
 from skipstone.cli._untested import untested
 from skipstone.errors import DeviceError
 from skipstone.exporters import probe
@@ -71,7 +71,7 @@ def coder(gpu: None, coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 
 def test_the_export_was_tested_where_it_runs_and_says_so(tiny: Bundle, coder: Bundle) -> None:
     for bundle, scheme, most in ((tiny, "none", 1e-4), (coder, "4w", 1e-3)):
-        entry, parity = onnx_manifest(bundle).graphs, bundle.manifest.parity
+        entry, parity = manifest_of(bundle, OnnxManifest).graphs, bundle.manifest.parity
         assert (entry.target, bundle.manifest.quantization.scheme) == ("webgpu", scheme)
         assert entry.status in ("runs", "emulated")
         assert parity is not None
@@ -144,7 +144,7 @@ def test_an_export_without_a_gpu_says_that_it_was_not_tested(
     bundle = export_checkpoint(
         tiny_checkpoint, tmp_path / "out", device="webgpu", quantize="none", exits=(1,)
     )
-    assert onnx_manifest(bundle).graphs.status == "compiled"
+    assert manifest_of(bundle, OnnxManifest).graphs.status == "compiled"
     assert bundle.manifest.parity is None
     (line,) = untested(bundle.manifest)
     assert line.startswith("made for webgpu, not run")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from skipstone.benchmark.run import BenchOptions, run_bench
-from skipstone.bundle import Bundle, executorch_manifest
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of
 from skipstone.errors import ExportError, UsageError
 from skipstone.exporters.formats.executorch import exporter
 from skipstone.exporters.pipeline import export_checkpoint
@@ -43,7 +43,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
 
 def test_the_manifest_says_what_the_program_holds(tiny: Path, export: Export) -> None:
     bundle = export(tiny)
-    program = executorch_manifest(bundle).program
+    program = manifest_of(bundle, ExecuTorchManifest).program
     assert {method.name for method in program.methods} == {
         "embed", "segment_0", "segment_1", "head", "draft_head", "compact",
     }  # fmt: skip
@@ -83,7 +83,7 @@ def test_a_program_is_lowered_once(
     monkeypatch.setattr(exporter, "lower", never)
     again = export(tiny, overwrite=True)
     assert again.file("model.pte").read_bytes() == content
-    assert executorch_manifest(again).program == executorch_manifest(first).program
+    assert manifest_of(again, ExecuTorchManifest).program == manifest_of(first, ExecuTorchManifest).program
     for other in ({"exits": (2,)}, {"context_length": 100}, {"draft_vocab_size": 9}, {"quantize": "8da8w"}):
         with pytest.raises(AssertionError, match="lowered again"):
             export(tiny, **{"overwrite": True, **other})
@@ -175,7 +175,9 @@ def test_every_scheme_runs_and_speculates_as_it_decodes(
     assert manifest.quality is not None
     assert manifest.quality.kl_divergence is not None
     assert manifest.quality.kl_divergence < 0.1
-    sizes = {method.name: method.weight_bytes for method in executorch_manifest(bundle).program.methods}
+    sizes = {
+        method.name: method.weight_bytes for method in manifest_of(bundle, ExecuTorchManifest).program.methods
+    }
     config: Any = load_decoder(checkpoint).config
     per_weight = sizes["head"] / (config.hidden_size * config.vocab_size)
     assert weights <= per_weight < weights + 0.1

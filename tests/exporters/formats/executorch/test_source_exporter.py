@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from skipstone.bundle import SOURCE_PROGRAM_INTERFACE, Bundle, executorch_manifest
+from skipstone.bundle import SOURCE_PROGRAM_INTERFACE, Bundle, ExecuTorchManifest, manifest_of
 from skipstone.errors import UsageError
 from skipstone.exporters.encoder_decoder import Cuts, Limits
 from skipstone.exporters.formats.executorch import exporter, source_program
@@ -85,7 +85,7 @@ def test_an_encoder_decoder_is_lowered_once(
     shallow: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = export(shallow, quantize="none", context_length=80)
-    program = executorch_manifest(first).program
+    program = manifest_of(first, ExecuTorchManifest).program
     assert {method.name for method in program.methods} == {
         "embed", "encoder_0", "cross", "segment_0", "head", "compact",
     }  # fmt: skip

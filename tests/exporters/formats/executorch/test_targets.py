@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipstone.bundle import Bundle, executorch_manifest, open_bundle
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of, open_bundle
 from skipstone.errors import DeviceError, ExportError, UsageError
 from skipstone.exporters.formats.executorch import decoder_program, exporter
 from skipstone.exporters.formats.executorch.coreml import infer_rows
@@ -58,7 +58,7 @@ def delegates(bundle: Bundle) -> Iterator[tuple[str, str, bytes]]:
 
 def check_compiled(bundle: Bundle, target: str) -> None:
     """What the manifest says is what the file holds, and what was not tested is not said to be."""
-    manifest = executorch_manifest(bundle)
+    manifest = manifest_of(bundle, ExecuTorchManifest)
     assert manifest.program.target == target
     assert manifest.program.status == "compiled"
     assert manifest.parity is None
@@ -187,7 +187,7 @@ def test_a_compiled_program_that_lost_a_method_is_not_kept(
     monkeypatch.setattr(exporter, "has_target", lambda _target: False)
     monkeypatch.setenv("SKIPSTONE_CACHE", str(tmp_path / "cache"))
     first = export_checkpoint(small, tmp_path / "out", format="executorch", quantize="none", exits=(1,))
-    assert executorch_manifest(first).program.status == "compiled"
+    assert manifest_of(first, ExecuTorchManifest).program.status == "compiled"
 
     def fetch(_key: str, output: Path) -> dict[str, float]:
         output.write_bytes(first.file("model.pte").read_bytes())

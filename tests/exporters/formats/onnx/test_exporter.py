@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from skipstone.benchmark.run import BenchOptions, run_bench
-from skipstone.bundle import Bundle, onnx_manifest, open_bundle
+from skipstone.bundle import Bundle, OnnxManifest, manifest_of, open_bundle
 from skipstone.errors import BundleError, CheckpointError, ExportError, UsageError
 from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats.onnx import files
@@ -37,7 +37,7 @@ def export(tmp_path: Path) -> Export:
 
 def test_the_manifest_says_what_the_graphs_hold(tiny: MakeTiny, export: Export) -> None:
     bundle = export(tiny("llama-3"))
-    entry, model = onnx_manifest(bundle).graphs, load_eager(tiny("llama-3"))
+    entry, model = manifest_of(bundle, OnnxManifest).graphs, load_eager(tiny("llama-3"))
     assert [graph.part for graph in entry.graphs] == ["segment_0", "segment_1", "head", "draft_head"]
     assert (entry.target, entry.status, entry.widths, entry.slots) == ("cpu", "runs", (), 256)
     assert (entry.key_value_heads, entry.head_size) == (1, 32)
@@ -58,7 +58,7 @@ def test_weights_get_a_file_of_their_own_where_they_are_large(
 ) -> None:
     monkeypatch.setattr(files, "EXTERNAL_FROM", 100_000)
     outside = export(tiny("llama"), exits=(1, 2))
-    kept = {graph.part: graph.weights for graph in onnx_manifest(outside).graphs.graphs}
+    kept = {graph.part: graph.weights for graph in manifest_of(outside, OnnxManifest).graphs.graphs}
     assert kept == {
         "segment_0": "segment_0.onnx_data",
         "segment_1": "segment_1.onnx_data",
@@ -130,7 +130,7 @@ def test_every_scheme_runs_and_speculates_as_it_decodes(
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "gentle", replace(GENTLE, config={"num_hidden_layers": 2}))
     bundle = export(checkpoint, quantize=scheme)
-    entry, config = onnx_manifest(bundle).graphs, load_eager(checkpoint).config
+    entry, config = manifest_of(bundle, OnnxManifest).graphs, load_eager(checkpoint).config
     per_weight = entry.weight_bytes("head") / (config.hidden_size * config.vocab_size)
     assert weights < per_weight < weights + 0.2
     assert entry.embedding.type == "float16"
@@ -148,7 +148,7 @@ def test_every_scheme_runs_and_speculates_as_it_decodes(
 
 def test_a_model_without_exits_has_one_segment_and_no_draft_head(tiny: MakeTiny, export: Export) -> None:
     bundle = export(tiny("llama"), exits=())
-    assert [graph.part for graph in onnx_manifest(bundle).graphs.graphs] == ["segment_0", "head"]
+    assert [graph.part for graph in manifest_of(bundle, OnnxManifest).graphs.graphs] == ["segment_0", "head"]
     engine = open_engine(bundle, EngineOptions(threads=1))
     assert engine.draft_vocabulary is None
     with Session(engine) as session:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from skipstone.benchmark.run import BenchOptions, run_bench
-from skipstone.bundle import Bundle, hash_file, onnx_manifest, open_bundle
+from skipstone.bundle import Bundle, OnnxManifest, hash_file, manifest_of, open_bundle
 from skipstone.devices.profiles import load_profile, profile_names
 from skipstone.errors import ExportError, UsageError
 from skipstone.exporters.formats.onnx import qnn
@@ -80,7 +80,7 @@ def compile_one(graph: Path, soc_id: int) -> tuple[str, int]:
 
 
 def test_every_binary_states_the_soc_it_was_exported_for(bundle: Bundle) -> None:
-    graphs = onnx_manifest(bundle).graphs
+    graphs = manifest_of(bundle, OnnxManifest).graphs
     assert sorted((graph.part, graph.width) for graph in graphs.graphs) == [
         (part, width) for part in PARTS for width in WIDTHS
     ]
@@ -94,7 +94,7 @@ def test_every_binary_states_the_soc_it_was_exported_for(bundle: Bundle) -> None
 
 
 def test_widths_share_one_binary_of_a_part_where_the_user_asks_for_it(bundle: Bundle) -> None:
-    graphs = onnx_manifest(bundle).graphs
+    graphs = manifest_of(bundle, OnnxManifest).graphs
     assert graphs.qnn is not None
     shared = graphs.qnn.shared
     assert sorted((entry.part, entry.width) for entry in shared) == [
@@ -154,7 +154,7 @@ def test_every_scheme_runs_and_speculates_as_it_decodes(
     export: Export, scheme: str, widths: tuple[int, ...]
 ) -> None:
     made = export(quantize=scheme, widths=WIDTHS)
-    graphs = onnx_manifest(made).graphs
+    graphs = manifest_of(made, OnnxManifest).graphs
     assert graphs.widths == widths
     assert graphs.qnn is not None
     assert graphs.qnn.shared == ()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skipstone.bundle import Bundle, executorch_manifest, open_bundle
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of, open_bundle
 from skipstone.errors import BundleError, EngineError
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.engines.executorch.memory import MemoryReport, report_memory
@@ -26,7 +26,7 @@ def key_value_bytes(layers: int, slots: int, heads: int, size: int) -> int:
 
 
 def test_key_values_are_planned_to_the_byte_and_once(tiny_executorch_bundle: Bundle) -> None:
-    program = executorch_manifest(tiny_executorch_bundle).program
+    program = manifest_of(tiny_executorch_bundle, ExecuTorchManifest).program
     plan = read_plan(tiny_executorch_bundle.file(program.file))
     found = {method.name: method.key_value_bytes for method in plan.methods}
     slots = program.slots
@@ -39,7 +39,7 @@ def test_key_values_are_planned_to_the_byte_and_once(tiny_executorch_bundle: Bun
 def test_activations_hold_at_least_what_goes_in_and_out_of_the_widest_batch(
     tiny_executorch_bundle: Bundle,
 ) -> None:
-    manifest = executorch_manifest(tiny_executorch_bundle)
+    manifest = manifest_of(tiny_executorch_bundle, ExecuTorchManifest)
     plan = read_plan(tiny_executorch_bundle.file(manifest.program.file))
     found = {method.name: method.activation_bytes for method in plan.methods}
     rows, hidden = 4 * manifest.program.max_width, manifest.model.hidden_size
@@ -49,7 +49,7 @@ def test_activations_hold_at_least_what_goes_in_and_out_of_the_widest_batch(
 
 
 def test_the_file_is_weights_tables_and_a_small_header(tiny_executorch_bundle: Bundle) -> None:
-    program = executorch_manifest(tiny_executorch_bundle).program
+    program = manifest_of(tiny_executorch_bundle, ExecuTorchManifest).program
     path = tiny_executorch_bundle.file(program.file)
     plan = read_plan(path)
     table = 4 * VOCAB * tiny_executorch_bundle.manifest.model.hidden_size
@@ -75,7 +75,7 @@ def test_a_longer_context_is_paid_for_in_key_values_alone(
         context_length=100,
     )
     plans = [
-        read_plan(bundle.file(executorch_manifest(bundle).program.file))
+        read_plan(bundle.file(manifest_of(bundle, ExecuTorchManifest).program.file))
         for bundle in (shorter, tiny_executorch_bundle)
     ]
     assert plans[0].key_value_bytes == key_value_bytes(LAYERS, 100, KV_HEADS, HEAD_SIZE)
@@ -102,7 +102,7 @@ def test_every_packed_weight_is_in_memory_once(scheme: str, request: pytest.Fixt
     report = report_memory(bundle, OPTIONS)
     assert_weights_are_there_once(report)
     assert report.file_bytes == bundle.file("model.pte").stat().st_size
-    assert report.slots == executorch_manifest(bundle).program.slots
+    assert report.slots == manifest_of(bundle, ExecuTorchManifest).program.slots
     assert report.methods[0].name == "embed"
 
 

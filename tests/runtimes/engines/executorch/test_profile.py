@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from skipstone.bundle import Bundle, executorch_manifest, open_bundle
+from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of, open_bundle
 from skipstone.errors import BundleError, EngineError, UsageError
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.engines.executorch.profile import (
@@ -103,7 +103,7 @@ def test_a_bundle_of_another_format_is_refused(tiny_bundle: Bundle) -> None:
 
 
 def test_a_program_that_records_nothing_is_told_of(tiny_executorch_bundle: Bundle, tmp_path: Path) -> None:
-    entry = executorch_manifest(tiny_executorch_bundle).program
+    entry = manifest_of(tiny_executorch_bundle, ExecuTorchManifest).program
     program = Program(tiny_executorch_bundle.file(entry.file), entry, threads=1)
     with pytest.raises(EngineError, match=r"model\.pte: nothing was recorded"):
         program.write_record(tmp_path / "calls.etdump")
