@@ -13,7 +13,7 @@ from skipstone.runtimes.engines.base import Settled
 from skipstone.runtimes.engines.llamacpp.batch import numbered
 from skipstone.runtimes.engines.llamacpp.lane import LaneOptions, Part
 from skipstone.runtimes.engines.llamacpp.library import library
-from skipstone.runtimes.engines.llamacpp.thread import undisturbed
+from skipstone.runtimes.engines.llamacpp.pace import Paced, Threads
 from skipstone.runtimes.engines.llamacpp.watch import NORMED_RESULT, RESULT, Tap, Watch, exact_gelu
 
 FloatArray = NDArray[np.float32]
@@ -96,9 +96,11 @@ class EncoderLane:
                 hint="free memory, or export with a smaller --max-source-length",
             )
 
-    def set_threads(self, count: int) -> None:
+        self._paced = Paced(self._context, part.threads, part.pace)
+
+    def set_threads(self, threads: Threads) -> None:
         """Compute with so many from now on."""
-        self._llama.llama_set_n_threads(self._context, count, count)
+        self._paced.set_threads(threads)
 
     def run(self, hidden: FloatArray) -> tuple[FloatArray, FloatArray]:
         """The layers over all rows of a source at once.
@@ -112,7 +114,7 @@ class EncoderLane:
         if not 1 <= len(hidden) <= self._width:
             raise EngineError(f"source of {len(hidden)} tokens: this encoder takes 1 to {self._width}")
         batch = numbered(hidden, 1)
-        status = undisturbed(lambda: self._llama.llama_encode(self._context, batch.handle))
+        status = self._paced.run(len(hidden), lambda: self._llama.llama_encode(self._context, batch.handle))
         if status != 0:
             raise EngineError(f"{self._part.path.name}: llama_encode gave {status} for {len(hidden)} rows")
         return self._hidden.rows, self._normed.rows

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from skipstone.errors import ContextFullError, EngineError
 from skipstone.runtimes.engines.llamacpp.batch import RowBatch
 from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, NO_DEVICES, library
-from skipstone.runtimes.engines.llamacpp.thread import undisturbed
+from skipstone.runtimes.engines.llamacpp.pace import Pace, Paced, Threads
 from skipstone.runtimes.engines.llamacpp.watch import Tap, Watch
 
 FloatArray = NDArray[np.float32]
@@ -45,20 +45,13 @@ class LaneOptions:
     exact: bool = False
 
 
-@dataclass(frozen=True)
-class Threads:
-    """Threads for a single row, and for batches of more."""
-
-    one: int
-    more: int
-
-
 class Part:
     """The weights of one GGUF file.
 
     Attributes:
         gpu_layers: of its layers, how many from the last one on lie on a GPU, what follows the layers being one of them.
         threads: that its lanes begin with.
+        pace: of all its lanes.
         has_encoder: True of any part of an encoder-decoder.
         has_decoder: False of a segment of an encoder.
     """
@@ -73,7 +66,7 @@ class Part:
             params.devices = NO_DEVICES  # else a build for GPUs puts weights where the CPU cannot repack them
         params.use_extra_bufts = options.extra_buffers
         self.path, self.gpu_layers = path, gpu_layers
-        self.threads = Threads(options.threads, options.threads)
+        self.threads, self.pace = Threads(options.threads, options.threads), Pace()
         self.handle = lib.llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise EngineError(f"{path}: llama.cpp cannot load this file", hint="export the bundle again")
@@ -125,6 +118,7 @@ class Lane:
                 f"{part.path}: llama.cpp cannot make a context of {context_length} positions",
                 hint="pass a smaller --context-length or free memory",
             )
+        self._paced = Paced(self._context, part.threads, part.pace)
         if output == "nextn":
             self._ext.llama_set_embeddings_nextn(self._context, True, False)
         self._memory = self._llama.llama_get_memory(self._context)
@@ -168,7 +162,7 @@ class Lane:
 
     def set_threads(self, threads: Threads) -> None:
         """Compute with so many from now on."""
-        self._llama.llama_set_n_threads(self._context, threads.one, threads.more)
+        self._paced.set_threads(threads)
 
     def decode(self, count: int) -> None:
         """Run the first `count` rows of the batch.
@@ -182,7 +176,7 @@ class Lane:
         self._batch.handle.n_tokens = count
         if self.output == "callback":
             self.flags[:count] = 1  # without an output row the last layer is cropped away
-        status = undisturbed(lambda: self._llama.llama_decode(self._context, self._batch.handle))
+        status = self._paced.run(count, lambda: self._llama.llama_decode(self._context, self._batch.handle))
         if status == _NO_ROOM:
             raise ContextFullError(f"{self.part.path.name}: no cells left for {count} rows")
         if status != 0:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from numpy.typing import NDArray
 
 from skipstone.runtimes.engines.llamacpp.cross import CrossLane
 from skipstone.runtimes.engines.llamacpp.encoder import EncoderLane
-from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part, Threads
+from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part
+from skipstone.runtimes.engines.llamacpp.pace import Threads
 
 _LARGEST_BYTES = 64_000_000
 _CONTEXT, _WIDTH, _REPEATS = 32, 8, 7
+_GAIN = 0.9  # of the seconds of one thread: all of them must save a tenth
 
 
 def choose_threads(part: Part, output: str, options: LaneOptions, lane_class: type[Lane] = Lane) -> Threads:
@@ -42,7 +45,7 @@ def choose_threads(part: Part, output: str, options: LaneOptions, lane_class: ty
     finally:
         lane.close()
     one, eight = np.median(seconds, axis=0)
-    return Threads(choices[int(one.argmin())], choices[int(eight.argmin())])
+    return Threads(_choice(one, options), _choice(eight, options))
 
 
 def choose_encoder_threads(part: Part, options: LaneOptions) -> Threads:
@@ -56,14 +59,20 @@ def choose_encoder_threads(part: Part, options: LaneOptions) -> Threads:
     try:
         for repeat in range(_REPEATS):
             for index, count in enumerate(choices):
-                lane.set_threads(count)
+                lane.set_threads(Threads(count, count))
                 began = time.perf_counter()
                 lane.run(rows)
                 seconds[repeat, index] = time.perf_counter() - began
     finally:
         lane.close()
-    fastest = choices[int(np.median(seconds, axis=0).argmin())]
+    fastest = _choice(np.median(seconds, axis=0), options)
     return Threads(fastest, fastest)
+
+
+def _choice(seconds: NDArray[np.float64], options: LaneOptions) -> int:
+    """One thread or all of them, which took these two times. One has nobody to wait for, and is given the doubt."""
+    alone, together = seconds
+    return options.threads if together < _GAIN * alone else 1
 
 
 def _keeps_all(part: Part, options: LaneOptions) -> bool:
