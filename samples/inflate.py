@@ -33,7 +33,15 @@ from typing import TypeVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from skipstone.runtimes.quiet import quiet_libraries
+
+with quiet_libraries():  # transformers loads what quantisers it finds, and those write what they lack
+    from transformers.models.llama.modeling_llama import (
+        LlamaDecoderLayer,
+        LlamaRMSNorm,
+        LlamaRotaryEmbedding,
+    )
 
 from skipstone.errors import CheckpointError, ExportError, SkipstoneError, UsageError
 from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint

@@ -23,7 +23,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
+
+from skipstone.runtimes.quiet import quiet_libraries
+
+with quiet_libraries():  # transformers loads what quantisers it finds, and those write what they lack
+    from transformers import T5Config, T5ForConditionalGeneration
 
 from samples.inflate import COPIED, check_same_function, in_progress, layer_places, pad, place_exit, run
 from skipstone.errors import CheckpointError, UsageError

@@ -36,19 +36,22 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen3Config,
-    T5Config,
-)
+
+from skipstone.runtimes.quiet import quiet_libraries
+
+with quiet_libraries():  # transformers loads what quantisers it finds, and those write what they lack
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        LlamaConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        Qwen3Config,
+        T5Config,
+    )
 
 from skipstone.errors import CheckpointError, ExportError, SkipstoneError, UsageError
 from skipstone.exporters.checkpoint import quiet_loading
-from skipstone.runtimes.quiet import quiet_libraries
 
 CODER = Path(__file__).resolve().parent / "models" / "coder"
 _OUTPUTS = (

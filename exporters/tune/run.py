@@ -8,6 +8,7 @@ appears only when the run is complete: weights, tokenizer, exit_report.json, exi
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+
+from skipstone.runtimes.quiet import quiet_libraries
+
+with quiet_libraries():  # transformers loads what quantisers it finds, and those write what they lack
+    importlib.import_module("transformers.modeling_utils")
 
 from skipstone.errors import SkipstoneError, UsageError
 from skipstone.exporters.checkpoint import quiet_loading
