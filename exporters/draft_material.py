@@ -20,7 +20,7 @@ from skipstone.exporters.draft_vocabulary import (
     count_tokens,
     read_frequencies,
 )
-from skipstone.exporters.facts import read_text
+from skipstone.exporters.facts import TOKENIZER_FILE, read_text
 from skipstone.runtimes.drafters.table import NGramTable
 
 VOCABULARY_FILE = "draft-vocabulary.i32"
@@ -81,7 +81,47 @@ class DraftMaterial:
         return DRAFT_TABLE_FILE
 
 
-def write_vocabulary(tokens: NDArray[np.int32], folder: Path) -> str:
-    """Write the draft head's token ids, little-endian int32; the file's name."""
-    (folder / VOCABULARY_FILE).write_bytes(tokens.astype("<i4").tobytes())
-    return VOCABULARY_FILE
+@dataclass(frozen=True)
+class SideFiles:
+    """Names of the files that lie in a bundle beside its artefacts.
+
+    Attributes:
+        vocabulary: token ids of the draft head's rows, little-endian int32; None: there is no draft head.
+        draft_table: the n-gram table; None where there was nothing to count in.
+    """
+
+    vocabulary: str | None
+    draft_table: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, the tokenizer's too."""
+        found = (self.vocabulary, self.draft_table, TOKENIZER_FILE)
+        return tuple(name for name in found if name is not None)
+
+
+def write_side_files(
+    material: DraftMaterial,
+    draft_tokens: NDArray[np.int32] | None,
+    facts: ModelFacts,
+    tokenizer: Tokenizer,
+    folder: Path,
+) -> SideFiles:
+    """Write the draft head's token ids, the n-gram table and the tokenizer into a bundle's folder.
+
+    Args:
+        material: what the table comes from.
+        draft_tokens: token ids of the draft head's rows; None: there is no draft head.
+        facts: of the model.
+        tokenizer: its tokenizer.
+        folder: the bundle's.
+
+    Raises:
+        CheckpointError: the recorded table belongs to another vocabulary.
+    """
+    table = material.write_table(facts, folder)
+    tokenizer.save(str(folder / TOKENIZER_FILE))
+    if draft_tokens is None:
+        return SideFiles(None, table)
+    (folder / VOCABULARY_FILE).write_bytes(draft_tokens.astype("<i4").tobytes())
+    return SideFiles(VOCABULARY_FILE, table)

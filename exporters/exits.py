@@ -47,6 +47,14 @@ def default_exits(num_layers: int, period: int = 1) -> tuple[int, ...]:
     return tuple(sorted(exit_layer for exit_layer in rounded if exit_layer < num_layers))
 
 
+def choose_exits(
+    asked: Sequence[int] | None, recorded: Sequence[int] | None, num_layers: int, period: int = 1
+) -> tuple[int, ...]:
+    """The exits asked for, else those recorded, else `default_exits`; see `check_exits`."""
+    wanted = recorded if asked is None else asked
+    return check_exits(default_exits(num_layers, period) if wanted is None else wanted, num_layers, period)
+
+
 def recorded_exits(folder: Path, config: Any) -> tuple[int, ...] | None:
     """Exits recorded with a checkpoint: exits.json ({"exits": [2, 4]} or a list) or the configuration's key; of an
     encoder-decoder, the decoder's.

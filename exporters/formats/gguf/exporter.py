@@ -25,11 +25,8 @@ from skipstone.bundle import (
     Quantization,
     SegmentEntry,
 )
-from skipstone.exporters.draft_material import DraftMaterial, write_vocabulary
-from skipstone.exporters.exits import check_exits, default_exits
-from skipstone.exporters.facts import (
-    TOKENIZER_FILE,
-)
+from skipstone.exporters.draft_material import DraftMaterial, write_side_files
+from skipstone.exporters.exits import choose_exits
 from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse_options
 from skipstone.exporters.formats.gguf import cut, cut_t5
 from skipstone.exporters.formats.gguf.parts import GgufModel
@@ -60,24 +57,18 @@ def export_gguf(
     refuse_options(options, _NOT_HERE)
     prepared = prepare(source, options, scratch, step)
     model, layers = GgufModel(prepared.whole), prepared.facts.num_layers
-    period = cut.cut_period(model.arch)
-    wanted = prepared.exits if options.exits is None else options.exits
-    exits = check_exits(default_exits(layers, period) if wanted is None else wanted, layers, period)
+    exits = choose_exits(options.exits, prepared.exits, layers, cut.cut_period(model.arch))
     step("split")
     encoder_segments = _write_encoder_segments(model, prepared.facts.encoder, folder)
     segments = _write_segments(model, exits, prepared.facts, folder)
     step("draft head")
     material = DraftMaterial.find(prepared.reference, options.draft_text, prepared.tokenizer)
+    tokens = material.choose_tokens(prepared.facts, options.draft_vocab_size) if exits else None
+    beside = write_side_files(material, tokens, prepared.facts, prepared.tokenizer, folder)
     draft_head = None
-    if exits:
-        tokens = material.choose_tokens(prepared.facts, options.draft_vocab_size)
+    if tokens is not None and beside.vocabulary is not None:
         cut.write_draft_head(model, tokens, folder / _DRAFT_HEAD)
-        vocabulary_file = write_vocabulary(tokens, folder)
-        draft_head = DraftHeadEntry(file=_DRAFT_HEAD, vocabulary=vocabulary_file, rows=len(tokens))
-    draft_table = material.write_table(prepared.facts, folder)
-    prepared.tokenizer.save(str(folder / TOKENIZER_FILE))
-    table_files = [] if draft_table is None else [draft_table]
-    head_files = [] if draft_head is None else [draft_head.file, draft_head.vocabulary]
+        draft_head = DraftHeadEntry(file=_DRAFT_HEAD, vocabulary=beside.vocabulary, rows=len(tokens))
     return Artefacts(
         model=prepared.facts,
         exits=exits,
@@ -88,7 +79,7 @@ def export_gguf(
             embedding=_embedding_entry(folder, segments[-1].file),
             draft_head=draft_head,
         ),
-        draft_table=draft_table,
+        draft_table=beside.draft_table,
         quantization=Quantization(
             scheme=prepared.scheme.name,
             imatrix_sha256=prepared.imatrix_sha256,
@@ -97,9 +88,8 @@ def export_gguf(
         files=(
             *(entry.file for entry in encoder_segments),
             *(entry.file for entry in segments),
-            *head_files,
-            *table_files,
-            TOKENIZER_FILE,
+            *(() if draft_head is None else (draft_head.file,)),
+            *beside.names,
         ),
         oracle=Oracle("skipstone.exporters.formats.gguf.oracle:UncutGguf", {"whole": str(prepared.whole)}),
         probe=probe_of(prepared.tokenizer, prepared.facts),

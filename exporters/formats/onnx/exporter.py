@@ -12,24 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
-
-from skipstone.bundle import GraphEntry, GraphsEntry, ModelFacts, OnnxManifest, Quantization, TableEntry
-from skipstone.errors import CheckpointError, UsageError
-from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
-from skipstone.exporters.draft_material import DraftMaterial, write_vocabulary
-from skipstone.exporters.exits import check_exits, default_exits, recorded_exits
-from skipstone.exporters.facts import (
-    TOKENIZER_FILE,
-    check_disk_space,
-    checkpoint_facts,
-    hash_checkpoint,
-    load_tokenizer,
-    num_weights,
-    planned_context,
-)
+from skipstone.bundle import GraphEntry, GraphsEntry, OnnxManifest, Quantization, TableEntry
+from skipstone.errors import CheckpointError
 from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse_options
 from skipstone.exporters.formats.onnx.files import write_table
 from skipstone.exporters.formats.onnx.graphs import OPSET, graphs_of
@@ -37,6 +21,7 @@ from skipstone.exporters.formats.onnx.modules import GraphSegment, cut_for_graph
 from skipstone.exporters.formats.onnx.schemes import Scheme, scheme_of
 from skipstone.exporters.formats.onnx.targets import Target, Task, Written, fitted, target_of
 from skipstone.exporters.probe import probe_of
+from skipstone.exporters.reading import Reading, Room, read_checkpoint, refuse_gguf
 from skipstone.exporters.segments import Parts
 
 _EXACT_TOLERANCE = 1e-4
@@ -48,15 +33,9 @@ _ORACLE = "skipstone.exporters.formats.onnx.oracle:EagerDecoder"
 class _Request:
     """What was asked for, checked."""
 
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer
-    facts: ModelFacts
-    num_weights: int
+    reading: Reading
     target: Target
-    exits: tuple[int, ...]
-    material: DraftMaterial
-    draft_tokens: NDArray[np.int32] | None
-    source_sha256: str
+    scheme: Scheme
 
 
 def export_onnx(
@@ -71,52 +50,44 @@ def export_onnx(
     """
     step("read")
     request = _check(source, options, scratch)
-    scheme = scheme_of(options.quantize or _DEFAULT_SCHEME)
-    parts = cut_for_graphs(
-        request.checkpoint.path, request.exits, request.draft_tokens, request.facts.context_length
-    )
+    reading, target, scheme = request.reading, request.target, request.scheme
+    facts, checkpoint = reading.facts, reading.checkpoint.path
+    parts = cut_for_graphs(checkpoint, reading.exits, reading.draft_tokens, facts.context_length)
     table = write_table(parts.embedding, not scheme.exact, folder)
     task = Task(
         folder=folder,
         scratch=scratch,
         options=options,
-        target=request.target,
-        scheme=scheme.name,
-        facts=request.facts,
-        exits=request.exits,
-        checkpoint=request.checkpoint.path,
-        tokenizer=request.tokenizer,
-        slots=request.facts.context_length,
+        target=target,
+        scheme=scheme,
+        reading=reading,
         table=folder / table.file,
         step=step,
     )
-    written = request.target.write(graphs_of(parts, request.facts.hidden_size), task)
-    vocabulary = None if request.draft_tokens is None else write_vocabulary(request.draft_tokens, folder)
-    draft_table = request.material.write_table(request.facts, folder)
-    request.tokenizer.save(str(folder / TOKENIZER_FILE))
-    graphs = _entry(request, parts, written, table, vocabulary)
+    written = target.write(graphs_of(parts, facts.hidden_size), task)
+    beside = reading.write_side_files(folder)
+    graphs = _entry(request, parts, written, table, beside.vocabulary)
     named = {name for graph in graphs.graphs for name in (graph.file, graph.weights) if name is not None}
     artefacts = (*sorted(named), table.file, *written.files)
-    extra = [name for name in (vocabulary, draft_table) if name is not None]
     once = {name for graph in _once(graphs) for name in (graph.file, graph.weights) if name is not None}
     stored = sum((folder / name).stat().st_size for name in (*once, table.file))
     return Artefacts(
-        model=request.facts,
-        exits=request.exits,
+        model=facts,
+        exits=reading.exits,
         manifest=partial(OnnxManifest, graphs=graphs),
-        draft_table=draft_table,
+        draft_table=beside.draft_table,
         quantization=Quantization(
             scheme=scheme.name,
             calibration_sha256=written.calibration_sha256,
-            bits_per_weight=8 * stored / request.num_weights,
+            bits_per_weight=8 * stored / reading.num_weights,
         ),
-        files=(*artefacts, *extra, TOKENIZER_FILE),
-        oracle=written.oracle or Oracle(_ORACLE, {"checkpoint": str(request.checkpoint.path)}),
-        probe=probe_of(request.tokenizer, request.facts),
-        reference=request.checkpoint.path,
+        files=(*artefacts, *beside.names),
+        oracle=written.oracle or Oracle(_ORACLE, {"checkpoint": str(checkpoint)}),
+        probe=probe_of(reading.tokenizer, facts),
+        reference=checkpoint,
         min_agreement=scheme.min_agreement,
         reference_tolerance=_EXACT_TOLERANCE if scheme.exact else None,
-        source_sha256=request.source_sha256,
+        source_sha256=reading.sha256,
         engine=f"onnxruntime {importlib.metadata.version('onnxruntime')}",
         runs_here=written.status != "compiled",
         slack=scheme.slack,
@@ -126,33 +97,16 @@ def export_onnx(
 def _check(source: str, options: ExportOptions, scratch: Path) -> _Request:
     """Read the input and refuse what cannot work, before anything is made."""
     scheme = scheme_of(options.quantize or _DEFAULT_SCHEME)
-    target = fitted(target_of(options.target or _DEFAULT_TARGET, scheme.name), options.widths, scheme.name)
-    _refuse_options(source, options, target, scheme)
-    checkpoint = open_checkpoint(source)
-    if checkpoint.is_encoder_decoder:
+    target = fitted(target_of(options.target or _DEFAULT_TARGET, scheme), options.widths, scheme)
+    refuse_gguf(source, "onnx")
+    refuse_options(options, _reasons(target, scheme))
+    reading = read_checkpoint(source, options, scratch, Room(target.context, target.max_width))
+    if reading.facts.encoder is not None:
         raise CheckpointError(
-            f"{source}: {checkpoint.architecture} is an encoder-decoder; --format onnx takes decoders alone",
+            f"{source}: {reading.facts.architecture} is an encoder-decoder; --format onnx takes decoders alone",
             hint="use --format gguf or executorch",
         )
-    tokenizer = load_tokenizer(checkpoint)
-    weights = num_weights(checkpoint)
-    check_disk_space(scratch, weights, 64.0)
-    context = planned_context(checkpoint.config, options.context_length, target.context, target.max_width)
-    facts = checkpoint_facts(checkpoint, tokenizer, context, weights)
-    wanted = recorded_exits(checkpoint.path, checkpoint.config) if options.exits is None else options.exits
-    exits = check_exits(default_exits(facts.num_layers) if wanted is None else wanted, facts.num_layers)
-    material = DraftMaterial.find(checkpoint.path, options.draft_text, tokenizer)
-    return _Request(
-        checkpoint=checkpoint,
-        tokenizer=tokenizer,
-        facts=facts,
-        num_weights=weights,
-        target=target,
-        exits=exits,
-        material=material,
-        draft_tokens=material.choose_tokens(facts, options.draft_vocab_size) if exits else None,
-        source_sha256=hash_checkpoint(checkpoint),
-    )
+    return _Request(reading, target, scheme)
 
 
 def _entry(
@@ -167,7 +121,7 @@ def _entry(
     shapes = {shape for part in parts.segments if isinstance(part, GraphSegment) for shape in part.shapes}
     if len(shapes) != 1:
         raise CheckpointError(
-            f"{request.checkpoint.path}: layers keep K and V of {len(shapes)} shapes, one was expected",
+            f"{request.reading.checkpoint.path}: layers keep K and V of {len(shapes)} shapes, one was expected",
             hint="use --format gguf or executorch",
         )
     (shape,) = shapes
@@ -175,7 +129,7 @@ def _entry(
         target=target.name,
         status=written.status,
         opset=OPSET,
-        slots=request.facts.context_length,
+        slots=request.reading.facts.context_length,
         widths=target.widths,
         max_width=target.max_width,
         masked=target.masked,
@@ -193,12 +147,8 @@ def _once(graphs: GraphsEntry) -> list[GraphEntry]:
     return [graph for graph in graphs.graphs if graph.width in (None, graphs.max_width)]
 
 
-def _refuse_options(source: str, options: ExportOptions, target: Target, scheme: Scheme) -> None:
-    if source.endswith(".gguf"):
-        raise UsageError(
-            f"{source}: --format onnx starts from a checkpoint",
-            hint="pass the Hugging Face folder, or use --format gguf",
-        )
+def _reasons(target: Target, scheme: Scheme) -> dict[str, str]:
+    """Why options cannot be given here; see `refuse_options`."""
     reasons = {
         "imatrix": "importance matrices belong to --format gguf",
         "mix": "mixes of schemes belong to --format executorch",
@@ -209,4 +159,4 @@ def _refuse_options(source: str, options: ExportOptions, target: Target, scheme:
         reasons["calibration"] = f"--quantize {scheme.name} rounds nothing by fixed scales"
     if not target.shares:
         reasons["share_weights"] = f"graphs for {target.name} hold their weights once"
-    refuse_options(options, reasons)
+    return reasons

@@ -155,7 +155,7 @@ def cut_for_graphs(
         CheckpointError: no plain decoder, or one whose angles depend on the length of the text.
     """
     model: Any = load_decoder(checkpoint)
-    _check_rope(checkpoint, model.config, context)
+    check_rope(checkpoint, model.config, context)
     model.model.rotary_emb = RotaryTable(model.model.rotary_emb, context)
     parts = cut_decoder(model, exits, draft_tokens, GraphKeyValues, GraphSegment)
     for module in (*parts.segments, *(head for head in (parts.head, parts.draft_head) if head is not None)):
@@ -181,7 +181,12 @@ def _use_products(module: nn.Module) -> None:
             _use_products(child)
 
 
-def _check_rope(checkpoint: Path, config: Any, context: int) -> None:
+def check_rope(checkpoint: Path, config: Any, context: int) -> None:
+    """Refuse a model whose rotary angles cannot be read from a table of so many positions.
+
+    Raises:
+        CheckpointError: they change with the length of the text.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     kind, trained = rope.get("rope_type"), rope.get("original_max_position_embeddings")
     limit = config.max_position_embeddings if trained is None else trained

@@ -25,7 +25,7 @@ from skipstone.exporters.formats.onnx.files import write_graph
 from skipstone.exporters.formats.onnx.graphs import fixed
 from skipstone.exporters.formats.onnx.norms import fuse_norms
 from skipstone.exporters.formats.onnx.qdq import Ranges, Rounding, round_graph
-from skipstone.exporters.formats.onnx.schemes import Scheme, scheme_of
+from skipstone.exporters.formats.onnx.schemes import Scheme
 from skipstone.exporters.formats.onnx.socs import SOCS, TARGET, Soc
 from skipstone.exporters.formats.onnx.targets import Task, Written
 from skipstone.exporters.isolation import run_isolated
@@ -66,12 +66,12 @@ def write_contexts(graphs: Iterator[tuple[str, ir.Model]], task: Task) -> Writte
         UsageError: a calibration text that cannot be used.
         ExportError: the NPU does not take a graph from end to end, or the compiler fails.
     """
-    soc, scheme = SOCS[str(task.options.target)], scheme_of(task.scheme)
+    soc, scheme, facts = SOCS[str(task.options.target)], task.scheme, task.reading.facts
     task.step("calibrate")
     traced = dict(graphs)
-    table = np.memmap(task.table, np.float16, "r").reshape(-1, task.facts.hidden_size)
-    ranges, text_sha256 = _calibrate(traced, table, scheme, task)
-    model = _Model(traced, ranges, scheme, task.slots)
+    table = np.memmap(task.table, np.float16, "r").reshape(-1, facts.hidden_size)
+    ranges, text_sha256 = _calibrate(traced, table, task)
+    model = _Model(traced, ranges, scheme, facts.context_length)
     task.step("quantise")
     oracle = _write_oracle(model, table, task.scratch / _ORACLE_FOLDER)
     task.step("lower")
@@ -102,17 +102,18 @@ def write_contexts(graphs: Iterator[tuple[str, ir.Model]], task: Task) -> Writte
 
 
 def _calibrate(
-    graphs: Mapping[str, ir.Model], table: NDArray[Any], scheme: Scheme, task: Task
+    graphs: Mapping[str, ir.Model], table: NDArray[Any], task: Task
 ) -> tuple[dict[str, Ranges], str | None]:
     """The ranges of all values, and the hash of the user's text."""
-    if scheme.rounding is None:
+    if task.scheme.rounding is None:
         return {}, None
-    file = task.options.calibration
+    file, facts = task.options.calibration, task.reading.facts
+    slots = facts.context_length
     if file is None:
-        tokens, text_sha256 = write_tokens(graphs, table, task.facts, task.slots), None
+        tokens, text_sha256 = write_tokens(graphs, table, facts, slots), None
     else:
-        tokens, text_sha256 = read_tokens(file, task.tokenizer), hash_file(file)
-    return {**measure_ranges(graphs, table, tokens, task.slots)}, text_sha256
+        tokens, text_sha256 = read_tokens(file, task.reading.tokenizer), hash_file(file)
+    return {**measure_ranges(graphs, table, tokens, slots)}, text_sha256
 
 
 def _write_oracle(model: _Model, table: NDArray[Any], folder: Path) -> Oracle:
@@ -179,7 +180,7 @@ def _run(part: str, files: Sequence[_File], folder: Path, soc: Soc, task: Task, 
         _COMPILE,
         graphs=[[str(file.path), str(folder / file.name)] for file in files],
         soc_id=soc.id,
-        half=scheme_of(task.scheme).rounding is None,
+        half=task.scheme.rounding is None,
         share=share,
     )
     for made in found:

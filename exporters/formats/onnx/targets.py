@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
-from tokenizers import Tokenizer
 
-from skipstone.bundle import GraphEntry, ModelFacts, QnnEntry
+from skipstone.bundle import GraphEntry, QnnEntry
 from skipstone.errors import UsageError
 from skipstone.exporters.formats import ExportOptions, Oracle
 from skipstone.exporters.formats.onnx.files import write_graph
 from skipstone.exporters.formats.onnx.fusion import divide_by_roots
 from skipstone.exporters.formats.onnx.modules import MASKED
-from skipstone.exporters.formats.onnx.schemes import quantize, scheme_of
+from skipstone.exporters.formats.onnx.schemes import Scheme, quantize
 from skipstone.exporters.formats.onnx.socs import SOCS
+from skipstone.exporters.reading import Reading
 from skipstone.runtimes.engines.onnxruntime.targets import presence
 
 Step = Callable[[str], None]
@@ -39,11 +39,7 @@ class Task:
         options: the user's.
         target: what for.
         scheme: of quantisation, one of the target's.
-        facts: of the model.
-        exits: inner exits.
-        checkpoint: folder of the source.
-        tokenizer: its tokenizer.
-        slots: positions of K/V.
+        reading: of the checkpoint; `facts.context_length` of it are the positions of K/V.
         table: file of the embeddings, float32 or float16 rows of `facts.hidden_size`.
         step: told of every step by name.
     """
@@ -52,12 +48,8 @@ class Task:
     scratch: Path
     options: ExportOptions
     target: Target
-    scheme: str
-    facts: ModelFacts
-    exits: tuple[int, ...]
-    checkpoint: Path
-    tokenizer: Tokenizer
-    slots: int
+    scheme: Scheme
+    reading: Reading
     table: Path
     step: Step
 
@@ -113,7 +105,7 @@ class Target:
     shares: bool = False
 
 
-def target_of(name: str, scheme: str) -> Target:
+def target_of(name: str, scheme: Scheme) -> Target:
     """The target of that name.
 
     Raises:
@@ -122,15 +114,15 @@ def target_of(name: str, scheme: str) -> Target:
     target = TARGETS.get(name)
     if target is None:
         raise UsageError(f"target {name}: expected one of {', '.join(TARGETS)}")
-    if scheme not in target.schemes:
+    if scheme.name not in target.schemes:
         raise UsageError(
-            f"--quantize {scheme}: the target {name} takes {', '.join(target.schemes)}",
+            f"--quantize {scheme.name}: the target {name} takes {', '.join(target.schemes)}",
             hint="choose one of these, or another --device",
         )
     return target
 
 
-def fitted(target: Target, widths: tuple[int, ...] | None, scheme: str) -> Target:
+def fitted(target: Target, widths: tuple[int, ...] | None, scheme: Scheme) -> Target:
     """The target with the widths that the user and the scheme leave.
 
     Raises:
@@ -146,11 +138,11 @@ def fitted(target: Target, widths: tuple[int, ...] | None, scheme: str) -> Targe
     wanted = target.widths if widths is None else widths
     if not wanted or any(first >= second for first, second in pairwise((0, *wanted))):
         raise UsageError(f"--widths {_listed(wanted)}: numbers of rows that rise were expected, say 1,4,8")
-    least = scheme_of(scheme).least_width
+    least = scheme.least_width
     kept = tuple(width for width in wanted if width >= least)
     if not kept:
         raise UsageError(
-            f"--widths {_listed(wanted)}: --quantize {scheme} computes otherwise in fewer than {least} rows",
+            f"--widths {_listed(wanted)}: --quantize {scheme.name} computes otherwise in fewer than {least} rows",
             hint=f"add a width of {least} or more",
         )
     return replace(target, widths=kept, max_width=kept[-1])
@@ -162,11 +154,11 @@ def _listed(widths: Sequence[int]) -> str:
 
 def write_any_width(graphs: Iterator[tuple[str, ir.Model]], task: Task) -> Written:
     """One graph of a part, weights quantised."""
-    scheme, entries = scheme_of(task.scheme), []
+    entries = []
     task.step("trace")
     for part, graph in graphs:
         divide_by_roots(graph)
-        quantize(graph, scheme)
+        quantize(graph, task.scheme)
         entries.append(write_graph(graph, part, None, task.folder))
     return Written(tuple(entries), presence(task.target.name))
 

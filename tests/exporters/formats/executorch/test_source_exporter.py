@@ -66,7 +66,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
         ({"context_length": 10}, "--context-length 10: this model takes 64 to 2048"),
         ({"context_length": 4096}, "--context-length 4096: this model takes 64 to 2048"),
         ({"max_source_length": 0}, "--max-source-length 0"),
-        ({"max_source_length": 4096}, "--max-source-length 4096: a program takes at most 2048"),
+        ({"max_source_length": 4096}, "--max-source-length 4096: at most 2048 are planned for"),
         ({"exits": (3,)}, "--exits 3: exit 3 is out of range for 3 layers"),
         ({"encoder_exits": (4,)}, "--encoder-exits 4: exit 4 is out of range for 4 layers"),
         ({"mix": "encoder=8da8w", "quantize": "none"}, "--mix: 'encoder' is no part"),

@@ -17,6 +17,7 @@ from skipstone.devices.profiles import load_profile, profile_names
 from skipstone.errors import ExportError, UsageError
 from skipstone.exporters.formats.onnx import qnn
 from skipstone.exporters.formats.onnx.qnn_compiler import read_soc
+from skipstone.exporters.formats.onnx.schemes import scheme_of
 from skipstone.exporters.formats.onnx.socs import SOCS, Soc
 from skipstone.exporters.formats.onnx.targets import TARGETS, fitted
 from skipstone.exporters.isolation import run_isolated
@@ -209,7 +210,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 def test_narrow_widths_are_left_out_where_they_compute_otherwise() -> None:
     target = TARGETS["qnn-sm8650"]
-    assert fitted(target, None, "a16w8").widths == target.widths
-    narrowed = fitted(target, (1, 2, 4, 16), "a8w8")
+    assert fitted(target, None, scheme_of("a16w8")).widths == target.widths
+    narrowed = fitted(target, (1, 2, 4, 16), scheme_of("a8w8"))
     assert (narrowed.widths, narrowed.max_width) == ((4, 16), 16)
     assert np.all(np.diff(target.widths) > 0)
