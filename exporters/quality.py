@@ -8,7 +8,7 @@ Measured through the engine and the session that will generate, in a process of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from skipstone.bundle import EncoderFacts, Quality, hash_file, open_bundle, read_manifest
+from skipstone.bundle import EncoderFacts, ModelFacts, Quality, hash_file, open_bundle, read_manifest
 from skipstone.errors import UsageError
 from skipstone.exporters.facts import read_text
 from skipstone.exporters.isolation import num_threads, run_isolated
@@ -41,21 +41,21 @@ class HeldOut:
     source: str | None = None
 
 
-def held_out_texts(file: Path) -> tuple[HeldOut, ...]:
+def held_out_texts(file: Path, flag: str = "--held-out") -> tuple[HeldOut, ...]:
     """A held-out set: a text file as a whole, or a .jsonl file of `{"text": …}` or, for encoder-decoders, of
-    `{"source": …, "target": …}`.
+    `{"source": …, "target": …}`. `flag` is what the user named it with.
 
     Raises:
         UsageError: it cannot be read, or a line does not fit.
     """
-    content = read_text(file, "--held-out")
+    content = read_text(file, flag)
     if file.suffix != ".jsonl":
         return (HeldOut(content),)
     lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    return tuple(_text(line, file, number) for number, line in lines)
+    return tuple(_text(line, f"{flag} {file}, line {number}") for number, line in lines)
 
 
-def _text(line: str, file: Path, number: int) -> HeldOut:
+def _text(line: str, place: str) -> HeldOut:
     try:
         record = json.loads(line)
     except ValueError:
@@ -66,7 +66,7 @@ def _text(line: str, file: Path, number: int) -> HeldOut:
         return HeldOut(target, source)
     if not isinstance(text, str):
         raise UsageError(
-            f"--held-out {file}, line {number}: no text under the key 'text'",
+            f"{place}: no text under the key 'text'",
             hint='every line is an object like {"text": "def f(x):"}, for an encoder-decoder like '
             '{"source": "Their is a eror.", "target": "There is an error."}',
         )
@@ -87,7 +87,7 @@ def measure_quality(folder: Path, file: Path, checkpoint: Path | None) -> Qualit
         ExportError: the engine crashed.
     """
     texts = held_out_texts(file)
-    _check_kind(file, texts, encodes=read_manifest(folder).model.encoder is not None)
+    check_kind(file, texts, encodes=read_manifest(folder).model.encoder is not None)
     answer = run_isolated(
         "skipstone.exporters.quality:measure",
         folder=str(folder),
@@ -99,10 +99,15 @@ def measure_quality(folder: Path, file: Path, checkpoint: Path | None) -> Qualit
     return Quality(text_sha256=hash_file(file), **answer)
 
 
-def _check_kind(file: Path, texts: tuple[HeldOut, ...], *, encodes: bool) -> None:
+def check_kind(file: Path, texts: tuple[HeldOut, ...], *, encodes: bool, flag: str = "--held-out") -> None:
+    """Refuse texts without sources for an encoder-decoder, and with them for a decoder alone.
+
+    Raises:
+        UsageError: these are such.
+    """
     if any((text.source is not None) != encodes for text in texts):
         raise UsageError(
-            f"--held-out {file}: an encoder-decoder is measured on sources and targets, a decoder alone on texts",
+            f"{flag} {file}: an encoder-decoder is measured on sources and targets, a decoder alone on texts",
             hint='write a .jsonl file of {"source": …, "target": …} or of {"text": …}',
         )
 
@@ -148,12 +153,7 @@ def measure(
     model = None if checkpoint is None else EagerReference(Path(checkpoint))
     sums = _Sums()
     given = [HeldOut(str(text["text"]), text["source"]) for text in texts]
-    if facts.encoder is None:
-        bos = facts.bos_token_id if facts.add_bos else None
-        windows = _windows(tokenizer, [text.text for text in given], length, bos)
-    else:
-        windows = _pairs(tokenizer, given, length, facts.encoder, facts.eos_token_ids[:1])
-    for window in windows:
+    for window in probes(tokenizer, given, facts, length, MAX_TOKENS):
         logits = _logits(engine, window)[:-1]
         reference = None if model is None else model.logits(window.tokens, window.source)[:-1]
         sums.add(logits, reference, np.array(window.tokens[1:], np.int64))
@@ -169,12 +169,25 @@ def measure(
     }
 
 
-def _windows(tokenizer: Tokenizer, texts: list[str], length: int, bos: int | None) -> Iterator[Probe]:
-    """Stretches of token ids, `bos` before each, until enough tokens were seen."""
+def probes(
+    tokenizer: Tokenizer, texts: Sequence[HeldOut], facts: ModelFacts, length: int, limit: int
+) -> Iterator[Probe]:
+    """Texts as stretches of at most `length` token ids that a model is given, until it was given `limit` of them.
+
+    A decoder's begin with its first token, where it has one; an encoder-decoder's are a text each, cut at its limits.
+    """
+    if facts.encoder is None:
+        return _windows(tokenizer, texts, length, facts.bos_token_id if facts.add_bos else None, limit)
+    return _pairs(tokenizer, texts, length, facts.encoder, facts.eos_token_ids[:1], limit)
+
+
+def _windows(
+    tokenizer: Tokenizer, texts: Sequence[HeldOut], length: int, bos: int | None, left: int
+) -> Iterator[Probe]:
     start = [] if bos is None else [bos]
-    step, left = length - len(start), MAX_TOKENS
+    step = length - len(start)
     for text in texts:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = tokenizer.encode(text.text, add_special_tokens=False).ids
         for first in range(0, len(ids), step):
             window = (start + ids[first : first + step])[:left]
             if len(window) < _SHORTEST:
@@ -184,10 +197,14 @@ def _windows(tokenizer: Tokenizer, texts: list[str], length: int, bos: int | Non
 
 
 def _pairs(
-    tokenizer: Tokenizer, texts: list[HeldOut], length: int, encoder: EncoderFacts, eos: tuple[int, ...]
+    tokenizer: Tokenizer,
+    texts: Sequence[HeldOut],
+    length: int,
+    encoder: EncoderFacts,
+    eos: tuple[int, ...],
+    left: int,
 ) -> Iterator[Probe]:
-    """Targets with the start token before them and the end token behind them, until enough tokens were seen."""
-    left = MAX_TOKENS
+    """Targets with the start token before them and the end token behind them."""
     for text in texts:
         source = tokenizer.encode(text.source or "").ids[: encoder.max_source_length]
         ids = [encoder.start_token_id, *tokenizer.encode(text.text, add_special_tokens=False).ids, *eos]

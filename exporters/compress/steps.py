@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 Details: TypeAlias = Mapping[str, Any]
 
-STEPS: dict[str, str] = {}
+STEPS = {
+    "drop_layers": "skipstone.exporters.compress.depth:DropLayers",
+    "sparsify": "skipstone.exporters.compress.sparsify.step:Sparsify",
+}
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,7 @@ class Shape:
         key_value_heads: of every attention module; a T5's are its heads.
         head_size: channels of a head.
         ffn_size: neurons of every feed-forward network.
-        exits: inner exits recorded with the model, of an encoder-decoder the decoder's; None: none are recorded.
-        encoder_exits: likewise, the encoder's.
-        period: layers come in groups of so many that must stay whole; 1: any layer can go.
+        period: one layer in so many differs from the others, which a GGUF knows by place alone; 1: all are alike.
         quantized: the storage layout (or several, joined by +) that codes were fixed in; None: none were. Weights that
             have codes must not change any more.
     """
@@ -69,8 +70,6 @@ class Shape:
     key_value_heads: int
     head_size: int
     ffn_size: int
-    exits: tuple[int, ...] | None = None
-    encoder_exits: tuple[int, ...] | None = None
     period: int = 1
     quantized: str | None = None
 

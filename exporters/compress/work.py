@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    pass
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody wants to know of."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Work:
     codes: dict[str, Codes] = field(default_factory=dict)
     threads: int = field(default_factory=num_cores)
     cache: Path = Path()
-    progress: Progress = _silent
+    progress: Progress = silent
 
     @property
     def calibration(self) -> Windows:

@@ -9,6 +9,9 @@ Nothing here imports torch or an engine; a bundle holds no pickles.
 """
 
 from skipstone.bundle.calibration import Calibration, Knob, Risk
+from skipstone.bundle.compression import Compression, CompressionStep, ExitAgreement, Fidelity, ModelSize
+from skipstone.bundle.coreml import PACKAGE_INTERFACE, FunctionEntry, PackageEntry
+from skipstone.bundle.fixed import FixedShapes, PieceEntry, part_names
 from skipstone.bundle.folder import (
     Bundle,
     bundle_in_progress,
@@ -26,6 +29,7 @@ from skipstone.bundle.manifest import (
     PROGRAM_INTERFACE,
     SCHEMA_VERSION,
     SOURCE_PROGRAM_INTERFACE,
+    CoreMlManifest,
     CostCurve,
     DraftHeadEntry,
     EmbeddingEntry,
@@ -50,18 +54,26 @@ from skipstone.bundle.qnn import QnnEntry, SharedEntry
 __all__ = [
     "GRAPH_INTERFACE",
     "MANIFEST_NAME",
+    "PACKAGE_INTERFACE",
     "PROGRAM_INTERFACE",
     "SCHEMA_VERSION",
     "SOURCE_PROGRAM_INTERFACE",
     "Bundle",
     "Calibration",
+    "CoreMlManifest",
+    "Compression",
+    "CompressionStep",
     "CostCurve",
     "DraftHeadEntry",
     "EmbeddingEntry",
     "EncoderFacts",
     "EncoderSegmentEntry",
     "ExecuTorchManifest",
+    "ExitAgreement",
+    "Fidelity",
     "FileEntry",
+    "FixedShapes",
+    "FunctionEntry",
     "GgufManifest",
     "GraphEntry",
     "GraphsEntry",
@@ -69,8 +81,11 @@ __all__ = [
     "Manifest",
     "MethodEntry",
     "ModelFacts",
+    "ModelSize",
     "OnnxManifest",
+    "PackageEntry",
     "Parity",
+    "PieceEntry",
     "ProgramEntry",
     "Provenance",
     "QnnEntry",
@@ -85,6 +100,7 @@ __all__ = [
     "hash_file",
     "manifest_of",
     "open_bundle",
+    "part_names",
     "read_manifest",
     "store_calibration",
     "write_manifest",

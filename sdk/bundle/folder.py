@@ -160,18 +160,26 @@ def store_calibration(folder: Path, calibration: Calibration) -> None:
 
 
 @contextmanager
-def bundle_in_progress(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def bundle_in_progress(
+    output: Path, *, overwrite: bool = False, marker: str = MANIFEST_NAME, what: str = "bundle"
+) -> Iterator[Path]:
     """A temporary folder beside `output` that becomes `output` when the block ends well, and vanishes otherwise.
+
+    Args:
+        output: the folder to make.
+        overwrite: whether one of the same kind may be replaced.
+        marker: the file by which one is known.
+        what: it is called in messages.
 
     Raises:
         BundleError: `output` exists and is not an (overwritable) bundle, or the disk refuses (no space, no permission).
     """
     if output.exists() and not (
-        output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST_NAME).is_file())
+        output.is_dir() and (not any(output.iterdir()) or (output / marker).is_file())
     ):
-        raise BundleError(f"{output}: exists and is not a bundle", hint="choose another --output folder")
-    if (output / MANIFEST_NAME).is_file() and not overwrite:
-        raise BundleError(f"{output}: already holds a bundle", hint="pass --overwrite to replace it")
+        raise BundleError(f"{output}: exists and is not a {what}", hint="choose another --output folder")
+    if (output / marker).is_file() and not overwrite:
+        raise BundleError(f"{output}: already holds a {what}", hint="pass --overwrite to replace it")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))

@@ -1,0 +1,235 @@
+"""Carries a recipe out: checkpoint → smaller checkpoint.
+
+    >>> record = compress("samples/models/coder", "smaller/", steps, calibration="text.py", held_out="held_out.jsonl")
+    >>> record.steps[-1].fidelity.kl_divergence
+
+What cannot work is refused before anything is loaded. Every finished step is kept in the user's cache, so that a run
+that was cut off goes on behind its last one. The output appears when all is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipstone.bundle import Compression, CompressionStep, ModelFacts, bundle_in_progress
+from skipstone.errors import UsageError
+from skipstone.exporters.checkpoint import Checkpoint, load_eager
+from skipstone.exporters.compress import cache
+from skipstone.exporters.compress.fidelity import measure_fidelity
+from skipstone.exporters.compress.folder import (
+    RECORD_FILE,
+    measure_size,
+    read_codes,
+    read_record,
+    write_folder,
+)
+from skipstone.exporters.compress.recipe import options_of
+from skipstone.exporters.compress.shapes import open_source, shape_of
+from skipstone.exporters.compress.steps import Step, Target
+from skipstone.exporters.compress.texts import read_windows
+from skipstone.exporters.compress.work import Progress, Windows, Work, silent
+from skipstone.exporters.exits import recorded_encoder_exits, recorded_exits
+from skipstone.exporters.facts import (
+    DEFAULT_LENGTH,
+    checkpoint_facts,
+    encoder_facts,
+    hash_checkpoint,
+    load_tokenizer,
+    num_weights,
+)
+
+CALIBRATION_TOKENS = 8192
+
+
+def compress(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    steps: Sequence[Step],
+    *,
+    target: Target | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    held_out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Compression:
+    """Make a checkpoint smaller and write it as an ordinary checkpoint folder.
+
+    Args:
+        source: checkpoint folder or hub name.
+        output: folder of the new checkpoint.
+        steps: what to do, in order (`skipstone.exporters.compress.recipe`).
+        target: what the result is for: a step that it could not carry is refused; None: any format.
+        calibration: text that steps learn from; .jsonl of `{"source": …, "target": …}` for an encoder-decoder.
+        calibration_tokens: of it to read at most.
+        held_out: text to measure every step on; None: the calibration text.
+        overwrite: replace a compressed checkpoint that stands at `output`.
+        progress: told what is being done, how much of it is done, and how much there is.
+
+    Returns:
+        What was done, as compression.json holds it.
+
+    Raises:
+        UsageError: a step that cannot work on this model or for this target, a text that cannot be read.
+        CheckpointError: a source that cannot be compressed.
+        BundleError: `output` cannot be written.
+    """
+    run = _prepare(source, steps, target or Target(), calibration, calibration_tokens, held_out, progress)
+    kind = {"marker": RECORD_FILE, "what": "compressed checkpoint"}
+    with bundle_in_progress(Path(output), overwrite=overwrite, **kind) as folder:
+        model, work, record = _carry_out(run)
+        write_folder(model, work, record, folder)
+    return record
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What was asked for, checked.
+
+    Attributes:
+        checkpoint: the source.
+        steps: in order.
+        work: as it is before the first step.
+        measured: the text that every step is measured on; None: there is none.
+        source_sha256: of the source.
+        keys: by step, what the model after it is kept under.
+    """
+
+    checkpoint: Checkpoint
+    steps: tuple[Step, ...]
+    work: Work
+    measured: Windows | None
+    source_sha256: str
+    keys: tuple[str, ...]
+
+
+def _prepare(
+    source: str | os.PathLike[str],
+    steps: Sequence[Step],
+    target: Target,
+    calibration: str | os.PathLike[str] | None,
+    calibration_tokens: int,
+    held_out: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> _Run:
+    """Read the input and refuse what cannot work, before anything is done."""
+    checkpoint = open_source(source)
+    check_steps(checkpoint, steps, target, has_text=calibration is not None)
+    tokenizer, facts = load_tokenizer(checkpoint), _facts(checkpoint)
+    text, measured = (
+        None if file is None else read_windows(Path(file), flag, tokenizer, facts, calibration_tokens)
+        for file, flag in ((calibration, "--calibration"), (held_out, "--held-out"))
+    )
+    measured = text if measured is None else measured
+    work = Work(
+        source=checkpoint.path,
+        target=target,
+        tokenizer=tokenizer,
+        text=text,
+        exits=recorded_exits(checkpoint.path, checkpoint.config),
+        encoder_exits=recorded_encoder_exits(checkpoint.path, checkpoint.config),
+        codes=read_codes(checkpoint.path),
+        cache=cache.kept_models(),
+        progress=progress or silent,
+    )
+    source_sha256 = hash_checkpoint(checkpoint)
+    keys = cache.step_keys(
+        steps,
+        source=source_sha256,
+        exits=(work.exits, work.encoder_exits),
+        target=dataclasses.asdict(target),
+        calibration=None if text is None else (text.sha256, text.tokens),
+        measured=None if measured is None else (measured.sha256, measured.tokens),
+    )
+    return _Run(checkpoint, tuple(steps), work, measured, source_sha256, tuple(keys))
+
+
+def check_steps(checkpoint: Checkpoint, steps: Sequence[Step], target: Target, *, has_text: bool) -> None:
+    """Refuse steps that cannot work, each on the model that those before it leave.
+
+    Raises:
+        UsageError: naming the step; or there is none at all.
+    """
+    if not steps:
+        raise UsageError("no step to take", hint="pass --recipe FILE or --compress drop_layers:count=3")
+    shape = shape_of(checkpoint)
+    for step in steps:
+        if step.needs_calibration and not has_text:
+            raise UsageError(f"{step.kind}: needs a text to learn from", hint="pass --calibration TEXT")
+        shape = step.check(shape, target)
+
+
+def _carry_out(run: _Run) -> tuple[Any, Work, Compression]:
+    """Take the steps, behind the last one that was kept from before."""
+    done, folder = next(
+        ((n, kept) for n in range(len(run.steps), 0, -1) if (kept := cache.fetch(run.keys[n - 1]))),
+        (0, None),
+    )
+    if folder is None:
+        model, work = load_eager(run.checkpoint.path), run.work
+        record = _first_record(run, model)
+    else:
+        model, record = load_eager(folder), _record_of(folder, run)
+        work = _as_left(run.work, folder, record)
+    for number in range(done, len(run.steps)):
+        step = run.steps[number]
+        work.progress(step.kind, number, len(run.steps))
+        start = time.perf_counter()
+        details = step.apply(model, work)
+        seconds = time.perf_counter() - start
+        entry = CompressionStep(
+            kind=step.kind,
+            options={key: value for key, value in options_of(step).items() if key != "kind"},
+            details=dict(details),
+            size=measure_size(model, work),
+            fidelity=None if run.measured is None else measure_fidelity(model, work, run.measured),
+            seconds=seconds,
+        )
+        record = record.model_copy(update={"steps": (*record.steps, entry), "kept": dict(work.kept)})
+        cache.keep(run.keys[number], lambda draft, r=record: write_folder(model, work, r, draft))  # type: ignore[misc]
+    return model, work, record
+
+
+def _first_record(run: _Run, model: Any) -> Compression:
+    """What there is to say before the first step."""
+    text, measured = run.work.text, run.measured
+    before = read_record(run.checkpoint.path)
+    return Compression(
+        source=run.checkpoint.source,
+        source_sha256=run.source_sha256,
+        calibration_sha256=None if text is None else text.sha256,
+        measured_sha256=None if measured is None else measured.sha256,
+        before=measure_size(model, run.work),
+        before_fidelity=None if measured is None else measure_fidelity(model, run.work, measured),
+        earlier=() if before is None else (*before.earlier, *before.steps),
+        steps=(),
+    )
+
+
+def _record_of(folder: Path, run: _Run) -> Compression:
+    record = read_record(folder)
+    if record is None:  # `fetch` has seen it
+        raise UsageError(f"{folder}: vanished while it was read", hint="run again")
+    return record.model_copy(update={"source": run.checkpoint.source})
+
+
+def _as_left(work: Work, folder: Path, record: Compression) -> Work:
+    """What the steps share, as the last one kept left it."""
+    exits = recorded_exits(folder, None), recorded_encoder_exits(folder, None)
+    return dataclasses.replace(
+        work, exits=exits[0], encoder_exits=exits[1], kept=dict(record.kept), codes=read_codes(folder)
+    )
+
+
+def _facts(checkpoint: Checkpoint) -> ModelFacts:
+    """What texts are read by."""
+    encoder = encoder_facts(checkpoint, None, None)
+    length = DEFAULT_LENGTH if encoder is not None else checkpoint.config.max_position_embeddings
+    tokenizer = load_tokenizer(checkpoint)
+    return checkpoint_facts(checkpoint, tokenizer, length, num_weights(checkpoint), encoder)

@@ -1,0 +1,74 @@
+"""Reads a checkpoint's shape, and refuses what compression cannot take."""
+
+from __future__ import annotations
+
+import os
+
+from skipstone.errors import CheckpointError, UsageError
+from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
+from skipstone.exporters.compress.folder import read_codes
+from skipstone.exporters.compress.steps import Shape
+
+_DECODERS = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+)
+
+
+def open_source(source: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint to compress: a folder or a hub name.
+
+    Raises:
+        UsageError: a .gguf file.
+        CheckpointError: as `open_checkpoint`, or an architecture whose parts are not known.
+    """
+    if os.fspath(source).endswith(".gguf"):
+        raise UsageError(
+            f"{source}: compression starts from a checkpoint", hint="pass the Hugging Face folder or hub name"
+        )
+    checkpoint = open_checkpoint(source)
+    if checkpoint.architecture not in _DECODERS and not checkpoint.is_encoder_decoder:
+        raise CheckpointError(
+            f"{checkpoint.path}/config.json: {checkpoint.architecture} cannot be compressed",
+            hint=f"one of {', '.join(_DECODERS)}, T5ForConditionalGeneration",
+        )
+    return checkpoint
+
+
+def shape_of(checkpoint: Checkpoint) -> Shape:
+    """The shape of a checkpoint's model.
+
+    Raises:
+        CheckpointError: it has codes that cannot be read.
+    """
+    config = checkpoint.config
+    quantized = "+".join(sorted({codes.grid for codes in read_codes(checkpoint.path).values()})) or None
+    if checkpoint.is_encoder_decoder:
+        return Shape(
+            architecture=checkpoint.architecture,
+            layers=config.num_decoder_layers,
+            encoder_layers=config.num_layers,
+            hidden_size=config.d_model,
+            heads=config.num_heads,
+            key_value_heads=config.num_heads,
+            head_size=config.d_kv,
+            ffn_size=config.d_ff,
+            quantized=quantized,
+        )
+    heads = config.num_attention_heads
+    patterned = getattr(config, "no_rope_layers", None) is not None
+    return Shape(
+        architecture=checkpoint.architecture,
+        layers=config.num_hidden_layers,
+        encoder_layers=0,
+        hidden_size=config.hidden_size,
+        heads=heads,
+        key_value_heads=config.num_key_value_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        ffn_size=config.intermediate_size,
+        period=config.no_rope_layer_interval if patterned else 1,
+        quantized=quantized,
+    )
