@@ -25,6 +25,7 @@ Details: TypeAlias = Mapping[str, Any]
 
 STEPS = {
     "drop_layers": "skipstone.exporters.compress.depth:DropLayers",
+    "quantize": "skipstone.exporters.compress.quantize.step:Quantize",
     "sparsify": "skipstone.exporters.compress.sparsify.step:Sparsify",
 }
 

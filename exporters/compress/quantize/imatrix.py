@@ -1,5 +1,4 @@
-"""llama.cpp's importance matrix: its search for levels and codes, every weight's error weighed by its input's mean
-square."""
+"""llama.cpp's importance matrix: its search for levels and codes, errors weighed by the inputs' mean squares."""
 
 from __future__ import annotations
 

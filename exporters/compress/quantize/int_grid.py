@@ -15,6 +15,7 @@ from skipstone.exporters.compress.quantize.grid import Levels, Parts
 from skipstone.runtimes.quiet import quiet_libraries
 
 _GROUP = 32
+_CANDIDATES = 26  # scales tried
 _CODES, _SCALES = "codes", "scales"
 
 
@@ -50,7 +51,9 @@ class IntGrid:
         return rows * columns * width // 8 + 4 * rows * (columns // self.group if self.group else 1)
 
     def fit(self, weight: Tensor, importance: Tensor | None) -> Parts:
-        """As torchao rounds: each scale takes in the largest weight of its group; importances do not count."""
+        """As torchao rounds, each scale taking in the largest weight of its group; with importances, the scale of those
+        up to as large with the least weighed error.
+        """
         with quiet_libraries():  # which say what they lack when they load
             from torchao.quantization.quant_primitives import (
                 MappingType,
@@ -70,8 +73,22 @@ class IntGrid:
             zero_point_dtype=torch.int8,
             keepdim=True,
         )
+        if importance is not None:
+            scale = self._searched(weight, importance, scale)
         codes = quantize_affine(weight, group, scale, zero, torch.int8, low, high)
         return {_CODES: codes, _SCALES: scale.float().contiguous()}
+
+    def _searched(self, weight: Tensor, importance: Tensor, largest: Tensor) -> Tensor:
+        """Of scales [rows, groups] up to the largest, those with the least weighed error."""
+        w, counts = weight.reshape(*largest.shape, -1), importance.reshape(1, largest.shape[1], -1)
+        scale, least = largest, torch.full_like(largest, torch.inf)
+        for share in torch.linspace(1.0, 0.5, _CANDIDATES):
+            tried = (largest * share)[..., None]
+            codes = (w / tried).round().clamp(self._low, self._high)
+            error = ((codes * tried - w) ** 2 * counts).sum(-1)
+            scale = torch.where(error < least, tried[..., 0], scale)
+            least = torch.minimum(error, least)
+        return scale
 
     def levels(self, parts: Parts) -> Levels:
         scale = parts[_SCALES]

@@ -61,7 +61,7 @@ def write_whole(
     Raises:
         CheckpointError: a tensor is missing, has another shape than the configuration says, or is left over.
     """
-    layout = _layout_of(checkpoint, max_source_length)
+    layout = layout_of(checkpoint, max_source_length)
     tensor_type, file_type = _FLOAT_TYPES[float_type]
     meta = {
         "general.type": string("model"),
@@ -77,13 +77,18 @@ def write_whole(
 def native_float_type(checkpoint: Checkpoint) -> str:
     """The smallest float type that loses nothing of the checkpoint's matrices: bf16, f16 or f32."""
     known = {"BF16": "bf16", "F16": "f16"}
-    layout = _layout_of(checkpoint)
+    layout = layout_of(checkpoint)
     matrices = [source.name for name, source in layout.sources.items() if _is_matrix(name, layout)]
     types = {known.get(checkpoint.stored_type(name), "f32") for name in matrices}
     return types.pop() if len(types) == 1 else "f32"
 
 
-def _layout_of(checkpoint: Checkpoint, max_source_length: int = DEFAULT_LENGTH) -> Layout:
+def layout_of(checkpoint: Checkpoint, max_source_length: int = DEFAULT_LENGTH) -> Layout:
+    """A checkpoint laid out as one GGUF.
+
+    Raises:
+        CheckpointError: the configuration asks for something that llama.cpp lacks.
+    """
     if checkpoint.is_encoder_decoder:
         return t5_layout(checkpoint, max_source_length)
     decoder, arch = decoder_of(checkpoint), mapping_of(checkpoint).arch

@@ -96,7 +96,7 @@ def test_the_nearest_codes_are_no_further_than_any_other(name: str) -> None:
         assert bool((best <= other + 1e-6).all())
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q3_k", "q2_k"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q3_k", "q2_k", "int4_g32", "int2_g32"])
 def test_importances_draw_levels_to_the_columns_that_count(name: str) -> None:
     grid, given = grid_of(name), weight()
     importance = torch.ones(COLUMNS)
