@@ -10,7 +10,16 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import Bundle, ExecuTorchManifest, GraphsEntry, OnnxManifest, ProgramEntry, SegmentEntry
+from skipstone.bundle import (
+    Bundle,
+    ExecuTorchManifest,
+    GgufManifest,
+    GraphsEntry,
+    OnnxManifest,
+    ProgramEntry,
+    SegmentEntry,
+    manifest_of,
+)
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.engines.base import Cache, Engine, Settled, SourceCache
 from skipstone.runtimes.engines.llamacpp.embedding import table_bytes
@@ -34,6 +43,7 @@ def part_bytes(bundle: Bundle) -> PartBytes:
         return _method_bytes(manifest.program, len(manifest.exits) + 1)
     if isinstance(manifest, OnnxManifest):
         return _method_bytes(manifest.graphs, len(manifest.exits) + 1)
+    manifest = manifest_of(bundle, GgufManifest)
     sizes = {entry.path: entry.size for entry in manifest.files}
     table = manifest.embedding
     lookup_only = 0 if manifest.model.tied_embeddings else table_bytes(table)

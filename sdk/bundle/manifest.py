@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from skipstone.bundle.calibration import Calibration
+from skipstone.bundle.coreml import PackageEntry
 from skipstone.bundle.graphs import GraphsEntry
 from skipstone.bundle.record import Record
 
@@ -441,5 +442,28 @@ class OnnxManifest(ManifestBase):
         return self
 
 
-Manifest = Annotated[GgufManifest | ExecuTorchManifest | OnnxManifest, Field(discriminator="format")]
-MANIFEST: TypeAdapter[GgufManifest | ExecuTorchManifest | OnnxManifest] = TypeAdapter(Manifest)
+class CoreMlManifest(ManifestBase):
+    """A bundle around one Core ML package, of a decoder alone."""
+
+    format: Literal["coreml"] = "coreml"
+    package: PackageEntry
+
+    def _artefacts(self) -> dict[str, str]:
+        package = self.package
+        found = dict.fromkeys(package.files, f"Core ML package of {len(package.functions)} functions")
+        found[package.embedding.file] = f"embeddings ({package.embedding.type})"
+        if package.draft_vocabulary is not None:
+            found[package.draft_vocabulary] = "draft head's token ids"
+        return found
+
+    @model_validator(mode="after")
+    def _functions_are_the_exits(self) -> Self:
+        if self.parity is not None:
+            raise ValueError("parity: a package that was only compiled has no figures")
+        self.package.check_pieces(self.exits, self.package.functions)
+        return self
+
+
+AnyManifest = GgufManifest | ExecuTorchManifest | OnnxManifest | CoreMlManifest
+Manifest = Annotated[AnyManifest, Field(discriminator="format")]
+MANIFEST: TypeAdapter[AnyManifest] = TypeAdapter(Manifest)

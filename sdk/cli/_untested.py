@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skipstone.bundle import ExecuTorchManifest, Manifest, OnnxManifest
+from skipstone.bundle import CoreMlManifest, ExecuTorchManifest, Manifest, OnnxManifest
 
 _MISSING = "the exporting machine does not have it, so there was no self-test"
 
@@ -11,6 +11,13 @@ def untested(manifest: Manifest) -> list[str]:
     """Lines for people; of use where the manifest has no parity figures."""
     if isinstance(manifest, OnnxManifest):
         return [f"made for {manifest.graphs.target}, not run: {_MISSING}"]
+    if isinstance(manifest, CoreMlManifest):
+        package = manifest.package
+        return [
+            f"compiled for {package.target}, not run: {_MISSING}",
+            f"checked: {len(package.functions)} functions share {package.stored_bytes / 1e6:.1f} MB of weights; computed in "
+            f"float16, the best token is the checkpoint's at {package.agreement:.0%} of positions",
+        ]
     if not isinstance(manifest, ExecuTorchManifest):
         return ["not run where it was exported: no self-test"]
     program = manifest.program
