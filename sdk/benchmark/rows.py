@@ -54,7 +54,11 @@ class Row:
 
 
 def make_row(
-    series: Series, plain: Series, matches: Agreement | None, plain_cost: float, peak_rss_mb: float | None
+    series: Series,
+    plain: Series,
+    matches: Agreement | None,
+    plain_cost: float | None,
+    peak_rss_mb: float | None,
 ) -> Row:
     """The row of one strategy.
 
@@ -62,7 +66,7 @@ def make_row(
         series: its samples.
         plain: plain decoding's samples on the same prompts.
         matches: how the outputs compare; None when sampling.
-        plain_cost: seconds of a plain token by the cost curve.
+        plain_cost: seconds of a plain token by the cost curve; None: there is no curve, and no bound.
         peak_rss_mb: measured apart.
     """
     samples = [sample for passed in series.samples for sample in passed]
@@ -72,7 +76,7 @@ def make_row(
     accepted = sum(s.accepted for s in samples)
     ratios = _prompt_speedups(series, plain)
     speedup = _speedup(series, plain)
-    bound = _bound(samples, fresh, plain_cost)
+    bound = None if plain_cost is None else _bound(samples, fresh, plain_cost)
     read = _total([s.bytes_read for s in samples])
     known = [ratio for ratio in ratios if ratio is not None]
     return Row(

@@ -187,8 +187,8 @@ def take_turns(
 
 
 def _record(series: Series, by_name: dict[str, Series], own: str) -> dict[str, object]:
-    row = make_row(series, by_name["plain"], None, 0.0, None)
-    own_row = make_row(series, by_name[own], None, 0.0, None)
+    row = make_row(series, by_name["plain"], None, None, None)
+    own_row = make_row(series, by_name[own], None, None, None)
     return {
         "row": series.strategy,
         "tokens_per_second": row.tokens_per_second,

@@ -103,8 +103,8 @@ def rows_of(by_name: dict[str, Series]) -> list[dict[str, object]]:
     """The record's rows, each compared with their loop as it comes and with one OpenMP thread."""
     found = []
     for name, series in by_name.items():
-        row = make_row(series, by_name[THEIRS], None, 0.0, None)
-        tuned = make_row(series, by_name[TUNED], None, 0.0, None)
+        row = make_row(series, by_name[THEIRS], None, None, None)
+        tuned = make_row(series, by_name[TUNED], None, None, None)
         pairs = zip(series.samples[0], by_name[THEIRS].samples[0], strict=True)
         same = sum(first_difference(a.tokens, b.tokens) is None for a, b in pairs)
         found.append(
