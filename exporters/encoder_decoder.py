@@ -139,7 +139,7 @@ def load_encoder_decoder(folder: Path) -> nn.Module:
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
     try:
-        with quiet_loading():
+        with quiet_loading(), quiet_libraries():  # which say at length that Flan-T5's head is its own
             model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
@@ -150,19 +150,21 @@ def load_encoder_decoder(folder: Path) -> nn.Module:
         )
     for stack in (model.encoder, model.decoder):
         stack.config._attn_implementation = ATTENTION
-    _write_for_delegates(model)
     whole: Any = model
     return cast("nn.Module", whole.eval().requires_grad_(False))
 
 
-def _write_for_delegates(model: nn.Module) -> None:
-    """Put modules that compute the same in operators that delegates know in the place of transformers' own."""
+def write_for_delegates(model: nn.Module) -> nn.Module:
+    """Put modules that compute the same in operators that ExecuTorch's delegates know in the place of transformers' own,
+    in place; the model.
+    """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, T5LayerNorm):
                 setattr(module, name, _Norm(child))
             elif isinstance(child, NewGELUActivation):
                 setattr(module, name, _Gelu())
+    return model
 
 
 def cut_encoder_decoder(

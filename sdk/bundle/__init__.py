@@ -23,7 +23,15 @@ from skipstone.bundle.folder import (
     store_calibration,
     write_manifest,
 )
-from skipstone.bundle.graphs import GRAPH_INTERFACE, GraphEntry, GraphsEntry, TableEntry
+from skipstone.bundle.graphs import (
+    GRAPH_INTERFACE,
+    SOURCE_GRAPH_INTERFACE,
+    GraphEntry,
+    GraphsEntry,
+    TableEntry,
+    past_names,
+    present_names,
+)
 from skipstone.bundle.manifest import (
     MANIFEST_NAME,
     PROGRAM_INTERFACE,
@@ -57,12 +65,13 @@ __all__ = [
     "PACKAGE_INTERFACE",
     "PROGRAM_INTERFACE",
     "SCHEMA_VERSION",
+    "SOURCE_GRAPH_INTERFACE",
     "SOURCE_PROGRAM_INTERFACE",
     "Bundle",
     "Calibration",
-    "CoreMlManifest",
     "Compression",
     "CompressionStep",
+    "CoreMlManifest",
     "CostCurve",
     "DraftHeadEntry",
     "EmbeddingEntry",
@@ -101,6 +110,8 @@ __all__ = [
     "manifest_of",
     "open_bundle",
     "part_names",
+    "past_names",
+    "present_names",
     "read_manifest",
     "store_calibration",
     "write_manifest",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
@@ -10,12 +11,34 @@ from pydantic import Field, model_validator
 from skipstone.bundle.qnn import QnnEntry
 from skipstone.bundle.record import Record
 
-GRAPH_INTERFACE = 1  # what the graphs take and compute
+# what the graphs take and compute: a decoder's, an encoder-decoder's
+GRAPH_INTERFACE, SOURCE_GRAPH_INTERFACE = 1, 2
+
+
+def past_names(layers: Iterable[int], stack: str = "") -> list[str]:
+    """Names of the inputs with layers' K and V, in a graph's order and as Optimum has them: `past_key_values.3.key`, ….
+
+    Args:
+        layers: their numbers in the whole model.
+        stack: of an encoder-decoder, `decoder` for the text's and `encoder` for the source's.
+    """
+    return _names("past_key_values", layers, stack)
+
+
+def present_names(layers: Iterable[int], stack: str = "") -> list[str]:
+    """Names of the outputs with layers' K and V, in a graph's order; see `past_names`."""
+    return _names("present", layers, stack)
+
+
+def _names(kind: str, layers: Iterable[int], stack: str) -> list[str]:
+    middle = f".{stack}" if stack else ""
+    return [f"{kind}.{layer}{middle}.{half}" for layer in layers for half in ("key", "value")]
 
 
 class GraphEntry(Record):
-    """One ONNX graph: a `part` of the model (`segment_0`, …, `head`, `draft_head`) for batches of `width` rows, None: of
-    any number. Its weights, `weight_bytes` of them, lie in the file itself or in `weights`, which several may share.
+    """One ONNX graph: a `part` of the model (`segment_0`, …, `head`, `draft_head`; of an encoder-decoder `encoder_0`, …,
+    `cross` too) for batches of `width` rows, None: of any number. Its weights, `weight_bytes` of them, lie in the file
+    itself or in `weights`, which several may share.
     """
 
     part: str
@@ -42,8 +65,9 @@ class GraphsEntry(Record):
     drafts included, which every layer keeps in `key_value_heads` heads of `head_size` channels. What a row may not see
     has `masked` added to its score. `draft_vocabulary` is a little-endian int32 file: the token id of every row of the
     draft head. `status` says whether the graphs ran where they were exported, and so went through the self-test, in an
-    emulator of the target perhaps, or were only `compiled` there. `interface` numbers what the graphs mean. `qnn`
-    describes the context binaries of Qualcomm's NPUs, which lie in the graphs' `weights`.
+    emulator of the target perhaps, or were only `compiled` there. `interface` numbers what the graphs mean: 1 for a
+    decoder's, 2 for an encoder-decoder's. `qnn` describes the context binaries of Qualcomm's NPUs, which lie in the
+    graphs' `weights`.
     """
 
     interface: Annotated[int, Field(gt=0)] = GRAPH_INTERFACE

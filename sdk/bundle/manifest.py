@@ -385,7 +385,7 @@ class ExecuTorchManifest(ManifestBase):
 
 
 class OnnxManifest(ManifestBase):
-    """A bundle of ONNX graphs, of a decoder alone."""
+    """A bundle of ONNX graphs."""
 
     format: Literal["onnx"] = "onnx"
     graphs: GraphsEntry
@@ -414,9 +414,7 @@ class OnnxManifest(ManifestBase):
         return self
 
     @model_validator(mode="after")
-    def _is_a_decoder(self) -> Self:
-        if self.model.encoder is not None:
-            raise ValueError("an encoder is described, the graphs are of a decoder alone")
+    def _embeddings_fit(self) -> Self:
         table, model = self.graphs.embedding, self.model
         if (table.rows, table.columns) != (model.vocab_size, model.hidden_size):
             raise ValueError(
@@ -431,6 +429,9 @@ class OnnxManifest(ManifestBase):
         if any(first >= second for first, second in pairwise(edges)):
             raise ValueError(f"exits {self.exits} do not rise within {self.model.num_layers} layers")
         parts = ["head", *(f"segment_{index}" for index in range(len(self.exits) + 1))]
+        encoder = self.model.encoder
+        if encoder is not None:
+            parts += ["cross", *(f"encoder_{index}" for index in range(len(encoder.exits) + 1))]
         if self.graphs.draft_vocabulary is not None:
             parts.append("draft_head")
         expected = sorted(f"{part} {width}" for part in parts for width in self.graphs.widths or ("any",))

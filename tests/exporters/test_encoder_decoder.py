@@ -18,6 +18,7 @@ from skipstone.exporters.encoder_decoder import (
     Limits,
     cut_encoder_decoder,
     load_encoder_decoder,
+    write_for_delegates,
 )
 from skipstone.exporters.formats.executorch.source_modules import (
     SlotCompaction,
@@ -74,7 +75,7 @@ def chain(start: int, count: int) -> NDArray[np.int64]:
 
 def cut(folder: Path, exits: tuple[int, ...] = (1, 2), encoder_exits: tuple[int, ...] = (1,)) -> Machine:
     parts = cut_encoder_decoder(
-        load_encoder_decoder(folder),
+        write_for_delegates(load_encoder_decoder(folder)),
         Cuts(exits, encoder_exits),
         Limits(LONGEST, SLOTS),
         np.arange(0, VOCAB_SIZE, 3, dtype=np.int32),

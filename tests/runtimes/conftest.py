@@ -128,7 +128,7 @@ def tiny_narrow_onnx_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.Temp
 
     def write(graphs: Any, task: Task) -> Written:
         entries = [
-            write_graph(fixed(graph, width, task.slots), part, width, task.folder)
+            write_graph(fixed(graph, width, task.reading.facts.context_length), part, width, task.folder)
             for part, graph in graphs
             for width in task.target.widths
         ]

@@ -1,4 +1,4 @@
-"""The shipped corrector on both engines: every strategy says what plain decoding says, and quantising costs little."""
+"""The shipped corrector on every engine: every strategy says what plain decoding says, and quantising costs little."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAIRS = [
     for line in (ROOT / "samples" / "prompts" / "speller_held_out.jsonl").read_text("utf-8").splitlines()
 ]
 SOURCES = [pair["source"] for pair in PAIRS[5:29:4]]
-SCHEMES = ["f32", "q8_0", "q4_0", "executorch none", "executorch 8da4w"]
+SCHEMES = ["f32", "q8_0", "q4_0", "executorch none", "executorch 8da4w", "onnx none", "onnx 8da4w"]
 LOST = 0.01  # of the characters, by quantising
 
 
@@ -78,7 +78,7 @@ def test_a_strategy_corrects_as_plain_decoding_does(
     assert accepted > (40 if strategy == "aggressive" else 0), "next to nothing was drafted"
 
 
-@pytest.mark.parametrize("scheme", ["q8_0", "q4_0", "executorch 8da4w"])
+@pytest.mark.parametrize("scheme", ["q8_0", "q4_0", "executorch 8da4w", "onnx 8da4w"])
 def test_quantising_costs_less_than_one_character_in_a_hundred(scheme: str, export_speller: Export) -> None:
     pairs = PAIRS[::4]
 

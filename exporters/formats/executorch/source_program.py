@@ -20,6 +20,7 @@ from skipstone.exporters.encoder_decoder import (
     Limits,
     cut_encoder_decoder,
     load_encoder_decoder,
+    write_for_delegates,
 )
 from skipstone.exporters.encoder_decoder_modules import source_attention
 from skipstone.exporters.formats.executorch import source_modules
@@ -90,7 +91,7 @@ def cut_for_slots(
         draft_tokens: token ids of the draft head's rows; None: no draft head.
     """
     return cut_encoder_decoder(
-        load_encoder_decoder(checkpoint),
+        write_for_delegates(load_encoder_decoder(checkpoint)),
         cuts,
         limits,
         draft_tokens,

@@ -7,26 +7,39 @@ checkpoint ─ cut ─▶ segments, heads ─ trace ─▶ graphs ─ the target
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from skipstone.bundle import GraphEntry, GraphsEntry, OnnxManifest, Quantization, TableEntry
-from skipstone.errors import CheckpointError
+import onnx_ir as ir
+
+from skipstone.bundle import (
+    GRAPH_INTERFACE,
+    SOURCE_GRAPH_INTERFACE,
+    GraphEntry,
+    GraphsEntry,
+    OnnxManifest,
+    Quantization,
+    TableEntry,
+)
+from skipstone.errors import CheckpointError, UsageError
+from skipstone.exporters.encoder_decoder import HIDDEN, Cuts, Limits
 from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse_options
 from skipstone.exporters.formats.onnx.files import write_table
 from skipstone.exporters.formats.onnx.graphs import OPSET, graphs_of
 from skipstone.exporters.formats.onnx.modules import GraphSegment, cut_for_graphs
 from skipstone.exporters.formats.onnx.schemes import Scheme, scheme_of
-from skipstone.exporters.formats.onnx.targets import Target, Task, Written, fitted, target_of
+from skipstone.exporters.formats.onnx.source_graphs import graphs_of_source
+from skipstone.exporters.formats.onnx.source_modules import SourceGraphSegment, cut_source_for_graphs
+from skipstone.exporters.formats.onnx.targets import TARGETS, Target, Task, Written, fitted, target_of
 from skipstone.exporters.probe import probe_of
 from skipstone.exporters.reading import Reading, Room, read_checkpoint, refuse_gguf
-from skipstone.exporters.segments import Parts
+from skipstone.exporters.segments import Embedding, HeadShape
 
 _EXACT_TOLERANCE = 1e-4
 _DEFAULT_TARGET, _DEFAULT_SCHEME = "cpu", "8da4w"
-_ORACLE = "skipstone.exporters.formats.onnx.oracle:EagerDecoder"
+_ORACLES = "skipstone.exporters.formats.onnx"
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,27 @@ class _Request:
     reading: Reading
     target: Target
     scheme: Scheme
+
+
+@dataclass(frozen=True)
+class _CutModel:
+    """A model on its way into graphs.
+
+    Attributes:
+        embedding: token ids → hidden states.
+        shapes: of the K and V that its layers keep.
+        graphs: name and graph of every other part.
+        interface: what the graphs mean.
+        masked: what is added to scores out of sight.
+        oracle: class for the self-test, made with the checkpoint's folder.
+    """
+
+    embedding: Embedding
+    shapes: frozenset[HeadShape]
+    graphs: Iterator[tuple[str, ir.Model]]
+    interface: int
+    masked: float
+    oracle: str
 
 
 def export_onnx(
@@ -52,8 +86,8 @@ def export_onnx(
     request = _check(source, options, scratch)
     reading, target, scheme = request.reading, request.target, request.scheme
     facts, checkpoint = reading.facts, reading.checkpoint.path
-    parts = cut_for_graphs(checkpoint, reading.exits, reading.draft_tokens, facts.context_length)
-    table = write_table(parts.embedding, not scheme.exact, folder)
+    model = _cut(request)
+    table = write_table(model.embedding, not scheme.exact, folder)
     task = Task(
         folder=folder,
         scratch=scratch,
@@ -64,9 +98,9 @@ def export_onnx(
         table=folder / table.file,
         step=step,
     )
-    written = target.write(graphs_of(parts, facts.hidden_size), task)
+    written = target.write(model.graphs, task)
     beside = reading.write_side_files(folder)
-    graphs = _entry(request, parts, written, table, beside.vocabulary)
+    graphs = _entry(request, model, written, table, beside.vocabulary)
     named = {name for graph in graphs.graphs for name in (graph.file, graph.weights) if name is not None}
     artefacts = (*sorted(named), table.file, *written.files)
     once = {name for graph in _once(graphs) for name in (graph.file, graph.weights) if name is not None}
@@ -82,7 +116,7 @@ def export_onnx(
             bits_per_weight=8 * stored / reading.num_weights,
         ),
         files=(*artefacts, *beside.names),
-        oracle=written.oracle or Oracle(_ORACLE, {"checkpoint": str(checkpoint)}),
+        oracle=written.oracle or Oracle(model.oracle, {"checkpoint": str(checkpoint)}),
         probe=probe_of(reading.tokenizer, facts),
         reference=checkpoint,
         min_agreement=scheme.min_agreement,
@@ -101,24 +135,54 @@ def _check(source: str, options: ExportOptions, scratch: Path) -> _Request:
     refuse_gguf(source, "onnx")
     refuse_options(options, _reasons(target, scheme))
     reading = read_checkpoint(source, options, scratch, Room(target.context, target.max_width))
-    if reading.facts.encoder is not None:
-        raise CheckpointError(
-            f"{source}: {reading.facts.architecture} is an encoder-decoder; --format onnx takes decoders alone",
-            hint="use --format gguf or executorch",
+    if reading.facts.encoder is not None and not target.sources:
+        taking = ", ".join(name for name, other in TARGETS.items() if other.sources)
+        raise UsageError(
+            f"target {target.name}: encoder-decoders are exported for {taking} alone",
+            hint="use --device cpu",
         )
     return _Request(reading, target, scheme)
 
 
+def _cut(request: _Request) -> _CutModel:
+    """Cut the model into parts, to be traced one by one."""
+    reading = request.reading
+    facts, folder = reading.facts, reading.checkpoint.path
+    if facts.encoder is None:
+        parts = cut_for_graphs(folder, reading.exits, reading.draft_tokens, facts.context_length)
+        shapes = {shape for part in parts.segments if isinstance(part, GraphSegment) for shape in part.shapes}
+        return _CutModel(
+            embedding=parts.embedding,
+            shapes=frozenset(shapes),
+            graphs=graphs_of(parts, facts.hidden_size),
+            interface=GRAPH_INTERFACE,
+            masked=request.target.masked,
+            oracle=f"{_ORACLES}.oracle:EagerDecoder",
+        )
+    cuts = Cuts(reading.exits, facts.encoder.exits)
+    limits = Limits(facts.encoder.max_source_length, facts.context_length)
+    whole = cut_source_for_graphs(folder, cuts, limits, reading.draft_tokens)
+    return _CutModel(
+        embedding=whole.embedding,
+        shapes=frozenset(
+            shape for part in whole.decoder if isinstance(part, SourceGraphSegment) for shape in part.shapes
+        ),
+        graphs=graphs_of_source(whole, facts.hidden_size),
+        interface=SOURCE_GRAPH_INTERFACE,
+        masked=HIDDEN,
+        oracle=f"{_ORACLES}.source_oracle:EagerEncoderDecoder",
+    )
+
+
 def _entry(
-    request: _Request, parts: Parts, written: Written, table: TableEntry, vocabulary: str | None
+    request: _Request, model: _CutModel, written: Written, table: TableEntry, vocabulary: str | None
 ) -> GraphsEntry:
     """What the manifest says of the graphs.
 
     Raises:
         CheckpointError: layers keep K and V of different shapes.
     """
-    target = request.target
-    shapes = {shape for part in parts.segments if isinstance(part, GraphSegment) for shape in part.shapes}
+    target, shapes = request.target, model.shapes
     if len(shapes) != 1:
         raise CheckpointError(
             f"{request.reading.checkpoint.path}: layers keep K and V of {len(shapes)} shapes, one was expected",
@@ -126,13 +190,14 @@ def _entry(
         )
     (shape,) = shapes
     return GraphsEntry(
+        interface=model.interface,
         target=target.name,
         status=written.status,
         opset=OPSET,
         slots=request.reading.facts.context_length,
         widths=target.widths,
         max_width=target.max_width,
-        masked=target.masked,
+        masked=model.masked,
         key_value_heads=shape.heads,
         head_size=shape.size,
         embedding=table,

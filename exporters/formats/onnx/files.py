@@ -15,7 +15,7 @@ from skipstone.exporters.segments import Embedding
 # A protobuf file holds 2 GiB at most.
 EXTERNAL_FROM = 1_000_000_000
 _SMALLEST_OUTSIDE = 1024  # bytes; constants below it stay in the graph
-_TABLES = "rotary."
+_TABLES = ("rotary.", "table")  # of angles and biases, of which a call reads a few rows
 _BLOCK = 4096  # rows of the embedding table at a time
 
 

@@ -6,37 +6,38 @@ narrow = fixed(graph, rows=8, slots=512)       # one shape, constants folded
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
-from skipstone.exporters.formats.onnx.modules import GraphSegment, past_names, present_names
+from skipstone.bundle import past_names, present_names
+from skipstone.exporters.formats.onnx.modules import GraphSegment
 from skipstone.exporters.segments import Parts
 from skipstone.runtimes.quiet import quiet_libraries
 
 OPSET = 21
 ROWS, SLOTS = "rows", "slots"
-_ANY = torch.export.Dim.AUTO
-_EXAMPLE_ROWS, _EXAMPLE_SLOTS = 3, 5  # unlike each other and their sum, and neither 0 nor 1
+ANY = torch.export.Dim.AUTO
+EXAMPLE_ROWS, EXAMPLE_SLOTS = 3, 5  # unlike each other and their sum, and neither 0 nor 1
 
 
 def graphs_of(parts: Parts, hidden_size: int) -> Iterator[tuple[str, ir.Model]]:
     """Name and graph of every part but the embedding: `segment_0`, …, `head`, and `draft_head` where there is one."""
     for index, segment in enumerate(parts.segments):
         yield f"segment_{index}", trace_segment(segment, hidden_size)
-    yield "head", trace_head(parts.head, hidden_size)
+    yield "head", trace_rows(parts.head, hidden_size)
     if parts.draft_head is not None:
-        yield "draft_head", trace_head(parts.draft_head, hidden_size)
+        yield "draft_head", trace_rows(parts.draft_head, hidden_size)
 
 
 def trace_segment(segment: nn.Module, hidden_size: int) -> ir.Model:
     """The graph of a `GraphSegment`, its rows and slots symbols."""
     if not isinstance(segment, GraphSegment):
         raise TypeError(f"{type(segment).__name__}: a GraphSegment was expected")
-    rows, slots, layers = _EXAMPLE_ROWS, _EXAMPLE_SLOTS, segment.layer_indices
+    rows, slots, layers = EXAMPLE_ROWS, EXAMPLE_SLOTS, segment.layer_indices
     shapes = [shape for shape in segment.shapes for _ in range(2)]
     past = [torch.zeros(1, shape.heads, slots, shape.size) for shape in shapes]
     inputs = (
@@ -45,19 +46,28 @@ def trace_segment(segment: nn.Module, hidden_size: int) -> ir.Model:
         torch.zeros(1, 1, rows, slots + rows),
         past,
     )
-    free = ({1: _ANY}, {1: _ANY}, {2: _ANY, 3: _ANY}, [{2: _ANY}] * len(past))
+    free = ({1: ANY}, {1: ANY}, {2: ANY, 3: ANY}, [{2: ANY}] * len(past))
     names = ["hidden", "positions", "mask", *past_names(layers)]
-    graph = _trace(segment, inputs, free, names, ["hidden_out", *present_names(layers)])
+    graph = trace(segment, inputs, free, names, ["hidden_out", *present_names(layers)])
     hidden, _positions, mask, first = graph.graph.inputs[:4]
-    sizes = {_size(hidden, 1): ROWS, _size(first, 2): SLOTS, _size(mask, 3): f"{SLOTS} + {ROWS}"}
-    return _resized(graph, sizes)
+    sizes = {size_of(hidden, 1): ROWS, size_of(first, 2): SLOTS, size_of(mask, 3): f"{SLOTS} + {ROWS}"}
+    return resized(graph, sizes)
 
 
-def trace_head(head: nn.Module, hidden_size: int) -> ir.Model:
-    """The graph of a head, its rows a symbol."""
-    inputs = (torch.zeros(1, _EXAMPLE_ROWS, hidden_size),)
-    graph = _trace(head, inputs, ({1: _ANY},), ["hidden"], ["logits"])
-    return _resized(graph, {_size(graph.graph.inputs[0], 1): ROWS})
+def trace_rows(
+    module: nn.Module, hidden_size: int, made: Sequence[str] = ("logits",), rows: str = ROWS
+) -> ir.Model:
+    """The graph of a module that hidden states alone go into, a head say, their number a symbol.
+
+    Args:
+        module: what is traced.
+        hidden_size: channels.
+        made: names of the outputs.
+        rows: the symbol.
+    """
+    inputs = (torch.zeros(1, EXAMPLE_ROWS, hidden_size),)
+    graph = trace(module, inputs, ({1: ANY},), ["hidden"], list(made))
+    return resized(graph, {size_of(graph.graph.inputs[0], 1): rows})
 
 
 def fixed(graph: ir.Model, rows: int, slots: int) -> ir.Model:
@@ -67,13 +77,13 @@ def fixed(graph: ir.Model, rows: int, slots: int) -> ir.Model:
     """
     from onnxscript import optimizer
 
-    narrow = _resized(graph.clone(), {ROWS: rows, SLOTS: slots, f"{SLOTS} + {ROWS}": slots + rows})
+    narrow = resized(graph.clone(), {ROWS: rows, SLOTS: slots, f"{SLOTS} + {ROWS}": slots + rows})
     with quiet_libraries():
         optimizer.optimize(narrow)
     return narrow
 
 
-def _trace(
+def trace(
     module: nn.Module, inputs: tuple[Any, ...], free: tuple[Any, ...], given: list[str], made: list[str]
 ) -> ir.Model:
     """Trace a module.
@@ -102,12 +112,12 @@ def _trace(
     return graph
 
 
-def _size(value: ir.Value, axis: int) -> str:
-    """A traced input's symbol on an axis."""
+def size_of(value: ir.Value, axis: int) -> str:
+    """A traced input's symbol on an axis, zero-based."""
     return str(cast("ir.Shape", value.shape)[axis])
 
 
-def _resized(graph: ir.Model, sizes: Mapping[str, int | str]) -> ir.Model:
+def resized(graph: ir.Model, sizes: Mapping[str, int | str]) -> ir.Model:
     """The same graph with some sizes of its values exchanged for others."""
     values = [*graph.graph.inputs, *(value for node in graph.graph for value in node.outputs)]
     for value in values:

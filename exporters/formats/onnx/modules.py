@@ -28,7 +28,7 @@ devices cannot compute sines of large angles. Everything has at most four axes, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,26 +159,17 @@ def cut_for_graphs(
     model.model.rotary_emb = RotaryTable(model.model.rotary_emb, context)
     parts = cut_decoder(model, exits, draft_tokens, GraphKeyValues, GraphSegment)
     for module in (*parts.segments, *(head for head in (parts.head, parts.draft_head) if head is not None)):
-        _use_products(module)
+        use_products(module)
     return parts
 
 
-def past_names(layers: Sequence[int]) -> Iterator[str]:
-    """Names of the past's K and V, in the graph's order."""
-    return (f"past_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value"))
-
-
-def present_names(layers: Sequence[int]) -> Iterator[str]:
-    """Names of the batch's K and V, in the graph's order."""
-    return (f"present.{layer}.{kind}" for layer in layers for kind in ("key", "value"))
-
-
-def _use_products(module: nn.Module) -> None:
+def use_products(module: nn.Module) -> None:
+    """Put a `Product` in the place of every linear layer, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, Product(child))
         else:
-            _use_products(child)
+            use_products(child)
 
 
 def check_rope(checkpoint: Path, config: Any, context: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from skipstone.bundle import Bundle, GraphEntry, OnnxManifest, manifest_of
+from skipstone.bundle import Bundle, GraphEntry, OnnxManifest, TableEntry, manifest_of
 from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats.onnx.schemes import OPERATOR, unpack
 
@@ -29,13 +29,11 @@ class EagerDecoder:
 
     def __init__(self, bundle: Bundle, checkpoint: str) -> None:
         graphs, model = manifest_of(bundle, OnnxManifest).graphs, load_eager(Path(checkpoint))
-        model.lm_head.weight = _parameter(model.lm_head.weight.detach().clone().numpy())  # untied
+        model.lm_head.weight = as_parameter(model.lm_head.weight.detach().clone().numpy())  # untied
         for entry in graphs.graphs:
             if entry.part != "draft_head":
                 _load(model, bundle, entry)
-        table = graphs.embedding
-        rows = np.fromfile(bundle.file(table.file), f"<f{np.dtype(table.type).itemsize}")
-        model.model.embed_tokens.weight = _parameter(rows.reshape(table.rows, table.columns))
+        model.model.embed_tokens.weight = as_parameter(read_table(bundle, graphs.embedding))
         self._model = model
 
     def logits(self, tokens: Sequence[int]) -> FloatArray:
@@ -57,7 +55,7 @@ def _load(model: Any, bundle: Bundle, entry: GraphEntry) -> None:
     for name, weight in matrices(ir.load(bundle.file(entry.file))):
         owner = name.removesuffix(".weight")
         place = "lm_head" if owner == "projection" else "model." + owner.replace(".layer_", ".", 1)
-        modules[place].weight = _parameter(weight.T)
+        modules[place].weight = as_parameter(weight.T)
 
 
 def matrices(graph: ir.Model) -> Iterator[tuple[str, FloatArray]]:
@@ -77,5 +75,12 @@ def matrices(graph: ir.Model) -> Iterator[tuple[str, FloatArray]]:
             yield name, np.asarray(held.numpy(), np.float32)
 
 
-def _parameter(values: np.ndarray) -> nn.Parameter:
+def read_table(bundle: Bundle, table: TableEntry) -> NDArray[Any]:
+    """A bundle's embeddings, [rows, columns] in the type they are stored in."""
+    rows = np.fromfile(bundle.file(table.file), f"<f{np.dtype(table.type).itemsize}")
+    return rows.reshape(table.rows, table.columns)
+
+
+def as_parameter(values: np.ndarray) -> nn.Parameter:
+    """Float32 weights of a module, which take no gradients."""
     return nn.Parameter(torch.from_numpy(np.array(values, np.float32)), requires_grad=False)

@@ -92,6 +92,7 @@ class Target:
         masked: what is added to scores out of sight.
         calibrates: whether a text may be given that fixes the scales of activations.
         shares: whether graphs of several widths can share their weights.
+        sources: whether it takes encoder-decoders.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Target:
     masked: float
     calibrates: bool = False
     shares: bool = False
+    sources: bool = False
 
 
 def target_of(name: str, scheme: Scheme) -> Target:
@@ -184,7 +186,7 @@ _NPU = Target(
 TARGETS = {
     target.name: target
     for target in (
-        Target("cpu", ("none", "8da4w", "8da8w", "4w"), write_any_width, (), 64, 2048, MASKED),
+        Target("cpu", ("none", "8da4w", "8da8w", "4w"), write_any_width, (), 64, 2048, MASKED, sources=True),
         Target("webgpu", ("none", "4w", "8w"), write_any_width, (), 64, 2048, MASKED),
     )
 } | dict.fromkeys(SOCS, _NPU)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,9 +73,7 @@ class OnnxRuntimeCache:
         check_room(tree, self.context_length)
         part = self._parts[f"segment_{segment}"]
         width = part.width(count)
-        positions = np.zeros((1, width), np.int32)
-        positions[0, :count] = [tree.base + tree.depths[row] for row in rows]
-        inputs = {"hidden": _batch(hidden, width), "positions": positions, "mask": self._mask(rows, width)}
+        inputs = {"hidden": _batch(hidden, width), **self._inputs(segment, rows, width)}
         out, *present = part.run(width, inputs | self._store.arrays[segment])
         self._store.write(segment, [tree.base + row for row in rows], present)
         if segment < self._last:
@@ -93,6 +92,13 @@ class OnnxRuntimeCache:
 
     def close(self) -> None:
         self._parts, self._store = {}, KeyValueStore({}, 1, 1, 1, fixed=True)
+
+    def _inputs(self, segment: int, rows: Sequence[int], width: int) -> dict[str, NDArray[Any]]:
+        """What a segment is told of the rows, beside their hidden states and the past."""
+        tree = self._tree
+        positions = np.zeros((1, width), np.int32)
+        positions[0, : len(rows)] = [tree.base + tree.depths[row] for row in rows]
+        return {"positions": positions, "mask": self._mask(rows, width)}
 
     def _head(self, name: str, hidden: Sequence[FloatArray]) -> FloatArray:
         part = self._parts.get(name)
@@ -113,14 +119,23 @@ class OnnxRuntimeCache:
             own[:count, :count][np.tri(count, dtype=bool)] = 0.0
             return mask
         past[:count, : tree.base] = 0.0
-        places = {row: index for index, row in enumerate(rows)}
-        for index, row in enumerate(rows):
-            for ancestor in tree.path(row):
-                if ancestor in places:
-                    own[index, places[ancestor]] = 0.0
-                else:
-                    past[index, tree.base + ancestor] = 0.0
+        for index, column, _distance in tree_in_sight(tree, rows, capacity):
+            mask[0, 0, index, column] = 0.0
         return mask
+
+
+def tree_in_sight(tree: RowTree, rows: Sequence[int], capacity: int) -> Iterator[tuple[int, int, int]]:
+    """What every row sees of the uncommitted tree: its number in the batch, a column, and how far before it that stands.
+
+    Args:
+        tree: the session's rows.
+        rows: of the batch, which stand behind all slots in it.
+        capacity: slots before them.
+    """
+    places = {row: capacity + index for index, row in enumerate(rows)}
+    for index, row in enumerate(rows):
+        for distance, ancestor in enumerate(reversed(tree.path(row))):
+            yield index, places.get(ancestor, tree.base + ancestor), distance
 
 
 def _batch(hidden: Sequence[FloatArray], width: int) -> FloatArray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ from numpy.typing import NDArray
 
 from skipstone.bundle import Bundle, OnnxManifest
 from skipstone.errors import EngineError
-from skipstone.runtimes.engines.onnxruntime.graph import ANY, Array, Graph, Signature
+from skipstone.runtimes.engines.onnxruntime.graph import ANY, Graph
+from skipstone.runtimes.engines.onnxruntime.signature import longest, signature
 
 FloatArray = NDArray[np.float32]
 
@@ -20,7 +20,7 @@ class Part:
     """One part of the model.
 
     Args:
-        name: `segment_0`, …, `head` or `draft_head`.
+        name: `segment_0`, …, `head`, `draft_head`, `encoder_0`, … or `cross`.
         graphs: by width, ascending; the single one of a part that takes any number of rows is under `ANY`.
         max_width: rows at most.
     """
@@ -74,43 +74,5 @@ def open_parts(
         for graph in entry.of(name):
             expected = signature(manifest, name, graph.width, draft_rows)
             graphs[graph.width or ANY] = Graph(bundle.file(graph.file), entry.target, threads, expected)
-        parts[name] = Part(name, graphs, entry.max_width)
+        parts[name] = Part(name, graphs, longest(manifest, name))
     return parts
-
-
-def signature(manifest: OnnxManifest, part: str, width: int | None, draft_rows: int) -> Signature:
-    """What a part's graph takes and gives by the manifest; docs/onnx.md says what it computes.
-
-    Args:
-        manifest: of the bundle.
-        part: its name.
-        width: rows; None: any number.
-        draft_rows: tokens in the draft vocabulary.
-    """
-    entry, model = manifest.graphs, manifest.model
-    rows, slots, seen = (ANY,) * 3 if width is None else (width, entry.slots, entry.slots + width)
-    hidden = Array("float32", (1, rows, model.hidden_size))
-    if not part.startswith("segment_"):
-        size = draft_rows if part == "draft_head" else model.vocab_size
-        return Signature({"hidden": hidden}, {"logits": Array("float32", (1, rows, size))})
-    inputs = {
-        "hidden": hidden,
-        "positions": Array("int32", (1, rows)),
-        "mask": Array("float32", (1, 1, rows, seen)),
-    }
-    outputs = {"hidden_out": hidden}
-    for layer in layers_of(manifest, int(part.removeprefix("segment_"))):
-        for kind in ("key", "value"):
-            inputs[f"past_key_values.{layer}.{kind}"] = _key_values(manifest, slots)
-            outputs[f"present.{layer}.{kind}"] = _key_values(manifest, rows)
-    return Signature(inputs, outputs)
-
-
-def layers_of(manifest: OnnxManifest, segment: int) -> range:
-    """Numbers of a segment's layers in the whole model."""
-    edges = tuple(pairwise((0, *manifest.exits, manifest.model.num_layers)))
-    return range(*edges[segment])
-
-
-def _key_values(manifest: OnnxManifest, count: int) -> Array:
-    return Array("float32", (1, manifest.graphs.key_value_heads, count, manifest.graphs.head_size))

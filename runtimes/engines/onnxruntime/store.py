@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstone.bundle import past_names
+
 FloatArray = NDArray[np.float32]
 _STEP = 64
 
@@ -19,21 +21,25 @@ class KeyValueStore:
         heads: key-value heads.
         size: channels of one.
         slots: that may be used.
+        stack: see `skipstone.bundle.past_names`.
         fixed: whether all are always there; else they come in steps, as rows are written, so that what a call costs
             follows the context.
     """
 
     def __init__(
-        self, layers: Mapping[int, Sequence[int]], heads: int, size: int, slots: int, *, fixed: bool
+        self,
+        layers: Mapping[int, Sequence[int]],
+        heads: int,
+        size: int,
+        slots: int,
+        *,
+        stack: str = "",
+        fixed: bool,
     ) -> None:
         self._slots, self.capacity = slots, slots if fixed else min(_STEP, slots)
         shape = (1, heads, self.capacity, size)
         self.arrays = {
-            segment: {
-                f"past_key_values.{layer}.{kind}": np.zeros(shape, np.float32)
-                for layer in found
-                for kind in ("key", "value")
-            }
+            segment: {name: np.zeros(shape, np.float32) for name in past_names(found, stack)}
             for segment, found in layers.items()
         }
 

@@ -272,7 +272,7 @@ from pathlib import Path
 from skipstone.bundle import OnnxManifest, manifest_of, open_bundle
 from skipstone.errors import SkipstoneError
 from skipstone.runtimes.engines.onnxruntime.graph import Graph
-from skipstone.runtimes.engines.onnxruntime.parts import signature
+from skipstone.runtimes.engines.onnxruntime.signature import signature
 bundle, folder = open_bundle(sys.argv[1]), Path(sys.argv[2])
 manifest, random = manifest_of(bundle, OnnxManifest), np.random.default_rng(0)
 expected, whole = signature(manifest, "segment_1", None, 128), bundle.file("segment_1.onnx").read_bytes()

@@ -13,7 +13,7 @@ import pytest
 
 from skipstone.benchmark.run import BenchOptions, run_bench
 from skipstone.bundle import Bundle, OnnxManifest, manifest_of, open_bundle
-from skipstone.errors import BundleError, CheckpointError, ExportError, UsageError
+from skipstone.errors import BundleError, ExportError, UsageError
 from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats.onnx import files
 from skipstone.exporters.formats.onnx.modules import RotaryTable
@@ -116,11 +116,12 @@ def test_a_gguf_is_no_input_for_this_format(export: Export) -> None:
         export("model.gguf", quantize=None)
 
 
-def test_an_encoder_decoder_is_refused_with_the_formats_that_take_it(
-    tiny_t5: MakeTiny, export: Export, tmp_path: Path
+@pytest.mark.parametrize(("device", "scheme"), [("webgpu", "4w"), ("qualcomm-sm8650", "a16w8")])
+def test_an_encoder_decoder_is_refused_for_devices_that_do_not_take_it(
+    tiny_t5: MakeTiny, export: Export, tmp_path: Path, device: str, scheme: str
 ) -> None:
-    with pytest.raises(CheckpointError, match="is an encoder-decoder; --format onnx takes decoders alone"):
-        export(tiny_t5("t5"))
+    with pytest.raises(UsageError, match=r"target .*: encoder-decoders are exported for cpu alone"):
+        export(tiny_t5("t5"), device=device, quantize=scheme)
     assert not (tmp_path / "out").exists()
 
 

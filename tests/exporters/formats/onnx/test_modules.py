@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from skipstone.bundle import past_names, present_names
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats.onnx.modules import (
@@ -19,8 +20,6 @@ from skipstone.exporters.formats.onnx.modules import (
     Product,
     RotaryTable,
     cut_for_graphs,
-    past_names,
-    present_names,
 )
 from tests.exporters.conftest import MakeTiny
 
@@ -90,6 +89,8 @@ def test_names_count_layers_in_the_whole_model(tiny: MakeTiny) -> None:
         "past_key_values.2.key",
     ]
     assert list(present_names(segment.layer_indices))[-1] == "present.2.value"
+    assert past_names([3], "encoder") == ["past_key_values.3.encoder.key", "past_key_values.3.encoder.value"]
+    assert present_names([3], "decoder")[0] == "present.3.decoder.key"
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
