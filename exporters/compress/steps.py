@@ -26,6 +26,7 @@ Details: TypeAlias = Mapping[str, Any]
 STEPS = {
     "drop_layers": "skipstone.exporters.compress.depth:DropLayers",
     "quantize": "skipstone.exporters.compress.quantize.step:Quantize",
+    "search": "skipstone.exporters.compress.search.step:Search",
     "sparsify": "skipstone.exporters.compress.sparsify.step:Sparsify",
 }
 

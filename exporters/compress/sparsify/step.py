@@ -96,14 +96,15 @@ class Sparsify(Step):
         for name, linear in block.linears.items():
             moment, weight = block.inputs[name].second_moment, linear.weight.detach()
             pattern.check_fits(weight, f"{block.name}.{name}")
-            new, kept = self._pruned(weight, moment, pattern)
+            new, kept = self.pruned(weight, moment, pattern)
             removed, weights = removed + int((~kept).sum()), weights + kept.numel()
             lost += float(squared_error((new - weight).double(), moment).sum())
             whole += float(squared_error(weight.double(), moment).sum())
             weight.copy_(new)
         return removed / weights, lost / max(whole, 1e-30)
 
-    def _pruned(self, weight: Tensor, moment: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    def pruned(self, weight: Tensor, moment: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """One weight pruned and refined as the step says: see `Pruner`."""
         prune = open_pruner(self.method)
         new, kept = prune(weight, moment, pattern)
         if self.refine is None:
