@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from skipstone.runtimes.drafters.draft_model import DraftModelDrafter
 from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
 from skipstone.runtimes.drafters.gated import GatedDrafter
 from skipstone.runtimes.drafters.growth import GrowthOptions
-from skipstone.runtimes.policies.auto import AutoPolicy
+from skipstone.runtimes.policies.auto import AutoPolicy, Record
 from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.tree import TokenTree
@@ -84,6 +84,8 @@ DRAFTERS: dict[str, Make] = {
 }
 
 
-def auto_policy(engine: ToyEngine, costs: CostModel) -> AutoPolicy:
+def auto_policy(
+    engine: ToyEngine, costs: CostModel, record: Mapping[str, Record] | None = None
+) -> AutoPolicy:
     """`auto` as the strategy of that name makes it, without a table."""
-    return AutoPolicy(engine, costs, text_drafter(_TEXT, engine.vocab_size))
+    return AutoPolicy(engine, costs, text_drafter(_TEXT, engine.vocab_size), record=record)
