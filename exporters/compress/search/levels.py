@@ -46,7 +46,7 @@ class Unit(Record):
     """A part of the model with levels of its own.
 
     Attributes:
-        name: of a block, as `skipstone.exporters.compress.activations.walk` names it.
+        name: of a block, as `skipstone.exporters.compress.activations.walk` names it, or of a weight.
         levels: rising in cost.
     """
 
@@ -61,11 +61,13 @@ class Bench(Record):
         units: in the model's order.
         samples: windows to judge by.
         fixed: what all that is no unit costs.
+        before: what the whole model costs as the search finds it.
     """
 
     units: tuple[Unit, ...]
     samples: int
     fixed: float
+    before: float
 
     @property
     def space(self) -> Space:

@@ -17,6 +17,9 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from skipstone.errors import ExportError, UsageError
+from skipstone.exporters.compress.folder import measure_size
+from skipstone.exporters.compress.quantize import quantizer_names
+from skipstone.exporters.compress.quantize.step import Quantize
 from skipstone.exporters.compress.recipe import options_of
 from skipstone.exporters.compress.search import trial
 from skipstone.exporters.compress.search.evolution import (
@@ -46,14 +49,15 @@ class Search(Step):
     Exactly one target is given: a size, a speed, a divergence, or a sparsity.
 
     Attributes:
-        over: `drop`: which layers go; `sparsity`: how much of each layer's weights.
+        over: `drop`: which layers go; `sparsity`: how much of each layer's weights; `bits`: how each layer is stored.
         target_size: bytes of all weights as they are stored after the step (`6MB`), or in parts of those before (`50%`).
         target_speed: how much faster a token is to be (`2x`), as the cost model has it
             (`skipstone.exporters.compress.search.costs`).
         max_kl: the smallest model whose divergence from the dense one is no more, in nats per token.
         sparsity: share of the layers' weights that goes; with `over="sparsity"` alone.
-        method: of the step that is searched for, a pruner's name.
-        levels: to choose from, shares of weights; none: a default set.
+        method: of the step that is searched for, a pruner's or a quantiser's name.
+        scheme: with `over="bits"`, what the checkpoint is to be exported in; it settles the embedding and the head.
+        levels: to choose from, shares of weights or layouts (ExecuTorch: schemes); none: a default set.
         curve: a cost curve file to count time by, of a bundle of this very model.
         generations: of the evolution.
         offspring: candidates of each.
@@ -64,12 +68,13 @@ class Search(Step):
     """
 
     kind: ClassVar[str] = "search"
-    over: Literal["drop", "sparsity"]
+    over: Literal["drop", "sparsity", "bits"]
     target_size: str | None = None
     target_speed: str | None = None
     max_kl: Annotated[float, Field(gt=0.0)] | None = None
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     method: str | None = None
+    scheme: str | None = None
     levels: tuple[str, ...] = ()
     curve: Path | None = None
     generations: Annotated[int, Field(gt=0)] = 30
@@ -92,6 +97,8 @@ class Search(Step):
             raise ValueError(
                 f"sparsity is no target of over = {self.over!r}: give target_size or target_speed"
             )
+        if (self.over == "bits") != (self.scheme is not None):
+            raise ValueError("scheme belongs to over = 'bits', which needs one, say q4_k_m or 8da4w")
         if self.curve is not None and self.target_speed is None:
             raise ValueError("a curve counts time: give target_speed with it")
         return self
@@ -115,12 +122,29 @@ class Search(Step):
                 "search: zeros make a model neither smaller nor faster in any format here",
                 hint='give sparsity or max_kl, or search over = "drop"',
             )
+        if self.over == "bits":
+            return self._check_bits(shape, target)
         if self.over == "drop" and target.format == "gguf" and shape.period > 1:
             raise UsageError(
                 f"search: in a GGUF, layers of {shape.architecture} can go in groups of {shape.period} alone",
                 hint="use drop_layers with layers named, or --format executorch",
             )
         return shape
+
+    def _check_bits(self, shape: Shape, target: Target) -> Shape:
+        """As the step checks that will carry the choice out."""
+        if self.target_speed is not None:
+            raise UsageError(
+                "search: no cost model here says how fast layouts are beside each other",
+                hint="give target_size: a token takes about as long as reading the weights",
+            )
+        step = Quantize(scheme=self.scheme, method=self.method or "rtn")
+        if step.fold is not None or self.scheme == "int8":
+            raise UsageError(
+                f"search: {self.method or self.scheme} changes weights of several layers at once",
+                hint=f"one of {', '.join(quantizer_names())}, for another scheme than int8",
+            )
+        return step.check(shape, target)
 
     def apply(self, model: nn.Module, work: Work) -> Details:
         parent = cache_folder() / "searches"
@@ -147,7 +171,9 @@ class Search(Step):
         """Everything that candidates are made of and judged by, in a folder."""
         text = _samples(work.calibration.first(self.tokens))
         units, fixed = ways_over(self.over).make_units(model, work, self, folder)
-        bench = Bench(units=units, samples=len(text.windows), fixed=fixed)
+        costs = [unit.levels[-1].cost for unit in units]
+        before = measure_size(model, work).num_bytes if self.counts == "bytes" else sum(costs) + fixed
+        bench = Bench(units=units, samples=len(text.windows), fixed=fixed, before=before)
         keep_bench(folder, bench, model, work.dense, text)
         return bench
 
@@ -159,7 +185,7 @@ class Search(Step):
         if self.target_speed is not None and (match := _SPEED.fullmatch(self.target_speed)):
             return (whole + bench.fixed) / float(match[1]) - bench.fixed
         if self.target_size is not None and (match := _SIZE.fullmatch(self.target_size)):
-            size = (whole + bench.fixed) / 100 if match[2] == "%" else _UNITS[match[2]]
+            size = bench.before / 100 if match[2] == "%" else _UNITS[match[2]]
             return float(match[1]) * size - bench.fixed
         return whole
 

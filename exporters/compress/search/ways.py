@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from skipstone.exporters.compress.work import Work
 
 _WAYS = {
+    "bits": "over_bits",
     "drop": "over_drop",
     "sparsity": "over_sparsity",
 }

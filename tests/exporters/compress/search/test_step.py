@@ -14,7 +14,9 @@ from tokenizers import Tokenizer
 from skipstone.errors import UsageError
 from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.compress.activations import stacks_of
+from skipstone.exporters.compress.folder import measure_size
 from skipstone.exporters.compress.layers import keep_layers
+from skipstone.exporters.compress.quantize.step import Quantize
 from skipstone.exporters.compress.recipe import make_step, parse_steps
 from skipstone.exporters.compress.search import trial
 from skipstone.exporters.compress.search.executors import open_executor
@@ -125,6 +127,38 @@ def test_the_sparsest_model_within_a_divergence_is_found(tiny: MakeTiny) -> None
     assert details["cost"] < 0.95 * whole
 
 
+def test_layers_share_bytes_better_than_any_other_way_of_storing_them(tiny: MakeTiny) -> None:
+    """Two layouts for each of four layers, half the layers in either: all six ways are tried by hand."""
+    work, model, folder = work_for(tiny("llama")), load_eager(tiny("llama")), tiny("llama")
+    every = {}
+    for larger in itertools.combinations(range(4), 2):
+        own, candidate = work_for(folder), load_eager(folder)
+        mix = {str(layer): "q8_0" if layer in larger else "q4_0" for layer in range(4)}
+        Quantize(scheme="q4_0", mix=mix).apply(candidate, own)
+        every[larger] = divergence(candidate, work), measure_size(candidate, own).num_bytes
+    size = max(size for _, size in every.values())
+    step = Search(
+        over="bits", scheme="q4_0", levels=("q8_0", "q4_0"), target_size=f"{size / 1e3:.3f}kB", **_SHORT
+    )
+    details = step.apply(model, work)
+    best = min(every, key=lambda larger: every[larger][0])
+    mix = details["chosen"][0]["mix"]
+    assert tuple(layer for layer in range(4) if mix[str(layer)] == "q8_0") == best
+    assert details["kl_divergence"] == pytest.approx(every[best][0], rel=1e-4)
+    assert divergence(model, work) == pytest.approx(every[best][0], rel=1e-4)
+    assert details["cost"] == measure_size(model, work).num_bytes <= size
+    assert {codes.grid for codes in work.codes.values()} >= {"q8_0", "q4_0"}
+
+
+def test_an_encoder_decoder_is_stored_as_it_was_judged(tiny_t5: MakeTiny) -> None:
+    work, model = work_for(tiny_t5("t5"), sources=True), load_eager(tiny_t5("t5"))
+    options = {"scheme": "8da4w", "target_size": "20%", "generations": 3, "offspring": 4}
+    details = Search(over="bits", **options).apply(model, work)
+    assert set(details["chosen"][0]["mix"].values()) == {"8da4w", "8da8w"}
+    assert details["kl_divergence"] == pytest.approx(divergence(model, work), rel=1e-4)
+    assert details["cost"] == measure_size(model, work).num_bytes <= details["budget"]
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_process_finds(tiny: MakeTiny) -> None:
     found = []
@@ -193,6 +227,7 @@ def test_nothing_is_left_in_the_cache(tiny: MakeTiny, tmp_path: Path) -> None:
         ({"over": "drop", "target_speed": "fast"}, "a factor such as 2x"),
         ({"over": "drop", "sparsity": 0.5}, "sparsity is no target of over = 'drop'"),
         ({"over": "drop", "target_size": "6MB", "curve": "cost.json"}, "a curve counts time"),
+        ({"over": "bits", "target_size": "6MB"}, "scheme belongs to over = 'bits'"),
         ({"over": "luck", "target_size": "6MB"}, "over"),
         ({"over": "drop", "target_size": "6MB", "generations": 0}, "generations"),
     ],
@@ -206,6 +241,12 @@ def test_what_no_format_gains_from_is_refused_before_any_work() -> None:
     shape = Shape("LlamaForCausalLM", 4, 0, 64, 2, 1, 32, 96)
     with pytest.raises(UsageError, match="zeros make a model neither smaller nor faster"):
         Search(over="sparsity", target_size="50%").check(shape, Target())
+    with pytest.raises(UsageError, match="no cost model here says how fast layouts are"):
+        Search(over="bits", scheme="q4_0", target_speed="2x").check(shape, Target())
+    with pytest.raises(UsageError, match="changes weights of several layers at once"):
+        Search(over="bits", scheme="q4_0", target_size="5MB", method="awq").check(shape, Target())
+    with pytest.raises(UsageError, match="is a scheme of --format gguf"):
+        Search(over="bits", scheme="q4_0", target_size="5MB").check(shape, Target(format="executorch"))
     patterned = Shape("SmolLM3ForCausalLM", 8, 0, 64, 2, 1, 32, 96, period=4)
     with pytest.raises(UsageError, match="in groups of 4 alone"):
         Search(over="drop", target_size="50%").check(patterned, Target(format="gguf"))
