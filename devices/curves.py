@@ -16,9 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,16 +26,15 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from skipstone.bundle import Bundle, CostCurve
+from skipstone.devices.kept import artefacts_hash, folders, keep_text
 from skipstone.devices.machine import gpu_driver, processor_name
 from skipstone.errors import EngineError, UsageError
 from skipstone.runtimes.cores import num_cores
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.engines.base import Engine
-from skipstone.runtimes.user_cache import cache_folder
 
 SCHEMA_VERSION: Literal[1] = 1
 _METHOD = 2  # of `skipstone.devices.cost`; raised when its figures come to mean something else
-_FOLDER = ".skipstone"
 _KIND = "skipstone cost curve"
 _HINT = "make one with `skipstone bench DIR --curve-only --json FILE`"
 # what computes the bundles of a format, plug-ins included; GGUF's library tells more of itself than a version
@@ -152,13 +149,6 @@ def curve_key(bundle: Bundle, engine: Engine, options: EngineOptions) -> CurveKe
     )
 
 
-def artefacts_hash(bundle: Bundle) -> str:
-    """sha256, in hex, over the exits and the names and hashes of a bundle's files."""
-    manifest = bundle.manifest
-    files = sorted((entry.path, entry.sha256) for entry in manifest.files)
-    return hashlib.sha256(json.dumps([list(manifest.exits), files]).encode()).hexdigest()
-
-
 def new_curve(
     bundle: Bundle, engine: Engine, options: EngineOptions, curve: CostCurve, budget_seconds: float
 ) -> MeasuredCurve:
@@ -196,7 +186,7 @@ def kept_or_measured(
         budget_seconds: about how long `measure` may take, for the record.
     """
     key = curve_key(bundle, engine, options)
-    for folder in _folders(bundle):
+    for folder in folders(bundle):
         found = _read(folder / f"cost-{key.digest}.json")
         if found.content is not None and found.content.key == key and found.content.exits == engine.exits:
             return found.content.curve
@@ -214,19 +204,12 @@ def keep(bundle: Bundle, measured: MeasuredCurve) -> Path | None:
     Returns:
         Its file; None where neither can be written.
     """
-    text = measured.model_dump_json(indent=2) + "\n"
-    for folder in _folders(bundle):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return _write(folder / f"cost-{measured.key.digest}.json", text)
-        except OSError:
-            continue
-    return None
+    return keep_text(bundle, f"cost-{measured.key.digest}.json", measured.model_dump_json(indent=2) + "\n")
 
 
 def kept_curves(bundle: Bundle) -> Iterator[FoundCurve]:
     """All curve files of a bundle, of this machine and others, unusable ones included."""
-    for folder in _folders(bundle):
+    for folder in folders(bundle):
         for path in sorted(folder.glob("cost-*.json")):
             found = _read(path)
             if found.content is not None and found.content.key.artefacts != artefacts_hash(bundle):
@@ -282,10 +265,6 @@ def check_exits(measured: MeasuredCurve, exits: Sequence[int], path: Path, flag:
         )
 
 
-def _folders(bundle: Bundle) -> tuple[Path, Path]:
-    return bundle.path / _FOLDER, cache_folder() / "costs" / artefacts_hash(bundle)[:16]
-
-
 def _library(format: str) -> str:
     """Names and versions of what computes a format's bundles; "" where it is not installed."""
     if format == "gguf":
@@ -319,22 +298,3 @@ def _read(path: Path) -> FoundCurve:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "content"
         return FoundCurve(path, None, f"{where}: {first['msg']}")
-
-
-def _write(path: Path, text: str) -> Path:
-    """Write a file as a whole or not at all.
-
-    Raises:
-        OSError: nothing is left behind.
-    """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    draft = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        draft.chmod(0o644)
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
-    return path

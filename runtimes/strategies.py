@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 
 from skipstone.errors import UsageError
@@ -20,7 +20,7 @@ from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.drafters.table import NGramTable, TableDrafter
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import FixedPolicy, Policy
-from skipstone.runtimes.policies.auto import AutoPolicy
+from skipstone.runtimes.policies.auto import AutoPolicy, Record
 
 # Where a lexicon knows better: that the source is right, that the lexicon is.
 _AS_IT_IS, _AMENDED = 0.25, 0.6
@@ -71,6 +71,7 @@ class Materials:
         guide: gives the tokens of the user's guide, or None without one.
         begins: gives the tokens that begin a word, or None where nothing is known of the vocabulary.
         amendments: how a lexicon reads sources, or None without one.
+        record: what ways to draft have brought before, by their drafters' names, for `auto`.
     """
 
     engine: Engine
@@ -81,6 +82,7 @@ class Materials:
     guide: Guide | None = None
     begins: Callable[[], Container[int]] | None = None
     amendments: Amendments | None = None
+    record: Mapping[str, Record] | None = None
 
     def guided(self) -> list[Drafter]:
         """What copies from a text that the output may resemble: an encoder-decoder's source, the user's guide."""
@@ -166,7 +168,8 @@ def _draft_model(materials: Materials) -> Policy:
 
 
 def _auto(materials: Materials) -> Policy:
-    return AutoPolicy(materials.engine, materials.costs, materials.text_source(), materials.guide_drafter())
+    text, guided = materials.text_source(), materials.guide_drafter()
+    return AutoPolicy(materials.engine, materials.costs, text, guided, materials.record)
 
 
 STRATEGIES: dict[str, Callable[[Materials], Policy]] = {

@@ -13,20 +13,21 @@ An encoder-decoder is given a source to read instead, `model.generate(source="Th
 where its output is to begin with given words.
 
 Costs are measured when a bundle is first used, which takes about two seconds, and kept beside it for the next time
-(`skipstone.devices.curves`).
+(`skipstone.devices.curves`); so is what `auto` learns while it generates (`skipstone.devices.records`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from skipstone.bundle import Bundle, Knob, open_bundle
 from skipstone.devices.cost import measure
-from skipstone.devices.curves import MeasuredCurve, check_fits, kept_or_measured, read_curve
+from skipstone.devices.curves import MeasuredCurve, check_fits, curve_key, kept_or_measured, read_curve
+from skipstone.devices.records import KeptRecord
 from skipstone.errors import BundleError, UsageError
 from skipstone.inputs import ModelInput, Text, encode_input
 from skipstone.placing import Opened, Place, open_places
@@ -41,6 +42,7 @@ from skipstone.runtimes.drafters.table import NGramTable
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Engine, Settled
 from skipstone.runtimes.generate import GenerationLimits, Policy, generate
+from skipstone.runtimes.policies.auto import AutoPolicy, Record
 from skipstone.runtimes.prefix import common_prefix_length
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
@@ -69,7 +71,8 @@ class Model:
         bundle: the checked bundle.
         options: engine options.
         context_length: positions to hold; None: the model's own, at most 2,048.
-        curve: cost curve to plan with; None: the one kept for this machine, or a new one.
+        curve: cost curve to plan with; None: the one kept for this machine, or a new one. With another device's costs
+            `auto` neither begins with what it learned here nor keeps it.
         place: segments that run on other bundles' engines, see `skipstone.placing`.
     """
 
@@ -104,6 +107,8 @@ class Model:
             self.engine.close()
             raise
         self._costs = None if curve is None else CostModel(curve.curve, self.engine.exits)
+        self._own_costs = curve is None
+        self._kept_record: KeptRecord | None = None
         self._policies: dict[tuple[str, StrategyOptions, str | None, bool], Policy] = {}
         self._guide: tuple[int, ...] = ()
         self._drafters: list[Drafter] = []
@@ -212,6 +217,8 @@ class Model:
             steps.close()
             kept = len(given.prompt) + len(collector.tokens) - 1
             self.session.rewind(min(self.session.length, max(0, kept)))
+            if self._kept_record is not None and isinstance(policy, AutoPolicy):
+                self._kept_record.update(policy.record)
         tail, self.last_result = collector.finish(
             self.session.encoder_layers,
             lossy=adaptive.lossy,
@@ -242,6 +249,7 @@ class Model:
                 guide,
                 lambda: self.codec.word_starts,
                 self._amendments,
+                self._record() if strategy == "auto" else None,
             )
             self._policies[key] = make_policy(strategy, materials)
         return self._policies[key]
@@ -255,7 +263,9 @@ class Model:
         return calibrated_options(self.bundle.path, self.bundle.manifest, knob)
 
     def close(self) -> None:
-        """Free weights and caches. Idempotent."""
+        """Keep what `auto` has learned; free weights and caches. Idempotent."""
+        if self._kept_record is not None:
+            self._kept_record.save()
         for drafter in self._drafters:
             drafter.close()
         self.session.close()
@@ -291,6 +301,12 @@ class Model:
         common = min(common_prefix_length(self.session.tokens, given.prompt), len(given.prompt) - 1)
         self.session.rewind(common)
         return given.prompt[common:]
+
+    def _record(self) -> Mapping[str, Record]:
+        """What `auto` begins with."""
+        if self._kept_record is None and self._own_costs:
+            self._kept_record = KeptRecord(self.bundle, curve_key(self.bundle, self.engine, self._options))
+        return {} if self._kept_record is None else self._kept_record.record
 
     def _draft_model_maker(self, path: str) -> DraftModelMaker:
         """Opens the draft model's bundle and checks its vocabulary; returns what makes its drafter."""

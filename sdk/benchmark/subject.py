@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from skipstone.benchmark.meter import MeteredEngine, placed_bytes
@@ -19,6 +19,7 @@ from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import Policy
+from skipstone.runtimes.policies.auto import Record
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
 from skipstone.runtimes.text import TextCodec
@@ -145,8 +146,9 @@ def new_policy(
     draft: Subject | None,
     options: StrategyOptions,
     recorder: Recorder | None = None,
+    record: Mapping[str, Record] | None = None,
 ) -> Policy:
-    """A policy that has learned nothing yet; what it drafts is told to the recorder.
+    """A policy that has learned nothing yet, but `auto` what the record holds; what it drafts is told to the recorder.
 
     Raises:
         UsageError: an unknown strategy, or one this bundle cannot run.
@@ -163,6 +165,7 @@ def new_policy(
         guide,
         lambda: target.codec.word_starts,
         target.amendments,
+        record,
         recorder=recorder,
     )
     policy = make_policy(strategy, materials)

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from skipstone.devices.curves import new_curve
 from skipstone.errors import ContextFullError, UsageError, VocabularyMismatchError
 from skipstone.model import Chunk, GenerationResult, Model, load_model
+from skipstone.runtimes.engines import EngineOptions
+from skipstone.runtimes.policies.auto import AutoPolicy, Record
 from skipstone.runtimes.sampling import SamplingConfig
 from skipstone.runtimes.strategies import STRATEGIES, StrategyOptions
 from tests.sdk.scripted import CHEAP_DRAFTS, EOS, ScriptedEngine, byte_tokenizer, write_bundle
@@ -15,6 +18,7 @@ ALONE = tuple(name for name in STRATEGIES if name not in ("draft-model", "aggres
 DRAFTING = tuple(name for name in ALONE if name != "plain")
 PROMPT = "def read_lines(path):\n    with open(path) as stream:\n"
 NEW = 40
+FADED = 0.97  # what is left of a record after a generation that did not use it
 
 MakeModel = Callable[..., Model]
 
@@ -261,3 +265,28 @@ def test_closing_twice_does_no_harm(coder_bundle_f32: Path) -> None:
     model = load_model(coder_bundle_f32, threads=1, context_length=64)
     model.close()
     model.close()
+
+
+def auto_record(model: Model) -> dict[str, Record]:
+    policy = model.policy("auto")
+    assert isinstance(policy, AutoPolicy)
+    return {name: record for name, record in policy.record.items() if record.rounds}
+
+
+def test_auto_begins_with_what_the_model_before_learned(scripted: MakeModel) -> None:
+    text = list(range(32, 96)) * 5
+    model = scripted(PROMPT, text)
+    assert auto_record(model) == {}
+    model.generate(PROMPT, max_new_tokens=len(text), ignore_eos=True)
+    learned = auto_record(model)
+    assert learned
+    model.close()
+    with Model(model.bundle, context_length=512) as again:
+        assert auto_record(again).keys() == learned.keys()
+        for name, record in auto_record(again).items():
+            faded = learned[name].scaled(FADED)
+            assert record.tokens == pytest.approx(faded.tokens, rel=0.01)
+            assert record.price == pytest.approx(faded.price, rel=0.01)
+    foreign = new_curve(model.bundle, model.engine, EngineOptions(), CHEAP_DRAFTS, 1.0)
+    with Model(model.bundle, context_length=512, curve=foreign) as elsewhere:
+        assert auto_record(elsewhere) == {}
