@@ -21,6 +21,7 @@ from skipstone.runtimes.drafters.table import NGramTable, TableDrafter
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import FixedPolicy, Policy
 from skipstone.runtimes.policies.auto import AutoPolicy, Record
+from skipstone.runtimes.shapes import TreeShape
 
 # Where a lexicon knows better: that the source is right, that the lexicon is.
 _AS_IT_IS, _AMENDED = 0.25, 0.6
@@ -37,6 +38,8 @@ class StrategyOptions:
         prompt_lookup_num_tokens: longest copied draft.
         guide: a text that the output may resemble: a template, a passage that was retrieved. Aggressive drafts are
             copied from it, and from an encoder-decoder's source in any case.
+        assistant_later_exit: exit that judges what the first one drafts, and drafts further.
+        draft_tree: the tree that an exit drafts round after round, for layerskip.
     """
 
     assistant_early_exit: int | None = None
@@ -44,6 +47,8 @@ class StrategyOptions:
     assistant_confidence_threshold: float | None = None
     prompt_lookup_num_tokens: int | None = None
     guide: str | None = None
+    assistant_later_exit: int | None = None
+    draft_tree: TreeShape | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -56,6 +61,10 @@ class StrategyOptions:
             raise UsageError(f"--assistant-confidence-threshold {threshold}: expected a value in [0, 1)")
         if self.guide == "":
             raise UsageError("--guide: the text is empty", hint="leave --guide out, or pass some text")
+        if self.draft_tree is not None and self.num_assistant_tokens is not None:
+            raise UsageError(
+                "--draft-tree, --num-assistant-tokens: a tree has its length", hint="pass one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,8 @@ def make_policy(name: str, materials: Materials) -> Policy:
     make = STRATEGIES.get(name)
     if make is None:
         raise UsageError(f"--strategy {name}: not known", hint=f"one of {', '.join(STRATEGIES)}")
+    if materials.options.draft_tree is not None and name not in ("layerskip", "plain"):
+        raise UsageError(f"--draft-tree: does not go with strategy {name}", hint="choose layerskip alone")
     return make(materials)
 
 
@@ -152,13 +163,32 @@ def _text(names: str) -> Callable[[Materials], Policy]:
 
 
 def _layerskip(materials: Materials) -> Policy:
-    """A chain, as in the paper: an exit's second choices cost more rows than they save."""
-    chain = replace(_shape(materials), guesses=0, branching=1)
-    return FixedPolicy(EarlyExitDrafter(chosen_exit(materials), None, chain))
+    """A chain, as in the paper, for an exit's second choices cost more rows than they save; or the tree asked for."""
+    chain = replace(_shape(materials), guesses=0, branching=1, shape=materials.options.draft_tree)
+    return FixedPolicy(_judged(EarlyExitDrafter(chosen_exit(materials), None, chain), materials))
 
 
 def _staged(materials: Materials) -> Policy:
-    return FixedPolicy(EarlyExitDrafter(chosen_exit(materials), materials.text_source(), _shape(materials)))
+    first = EarlyExitDrafter(chosen_exit(materials), materials.text_source(), _shape(materials))
+    return FixedPolicy(_judged(first, materials))
+
+
+def _judged(first: EarlyExitDrafter, materials: Materials) -> Drafter:
+    """An exit's drafts, judged by the later exit if the user asks for one.
+
+    Raises:
+        UsageError: it is no inner exit, or not behind the first one.
+    """
+    wish, inner = materials.options.assistant_later_exit, materials.engine.exits[:-1]
+    if wish is None:
+        return first
+    if wish not in inner or wish <= first.exit:
+        later = ", ".join(str(exit_layer) for exit_layer in inner if exit_layer > first.exit) or "none"
+        raise UsageError(
+            f"--assistant-later-exit {wish}: this bundle's inner exits behind {first.exit} are: {later}",
+            hint="export it with more --exits, or leave the flag out",
+        )
+    return EarlyExitDrafter(wish, first, _shape(materials))
 
 
 def _draft_model(materials: Materials) -> Policy:

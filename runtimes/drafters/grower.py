@@ -6,6 +6,7 @@ from skipstone.runtimes.drafters.base import Drafter, DraftRequest, Observation
 from skipstone.runtimes.drafters.greedy import GreedyGrowth, Trust
 from skipstone.runtimes.drafters.growth import DraftingModel, Growth, GrowthOptions
 from skipstone.runtimes.drafters.sampled import SampledGrowth
+from skipstone.runtimes.drafters.shaped import ShapedGrowth
 from skipstone.runtimes.tree import TokenTree
 
 
@@ -26,6 +27,9 @@ class Grower:
         """The tree the drafting model proposes below `root`, a row of its session."""
         self._last = None
         growth = Growth(model, root, request, self._options)
+        if self._options.shape is not None:
+            ShapedGrowth(growth, self._options.shape).grow()
+            return growth.tree
         if not request.sampler.greedy:
             return SampledGrowth(growth).grow(self._source)
         self._last = GreedyGrowth(growth, self._trust)

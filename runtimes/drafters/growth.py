@@ -6,7 +6,8 @@ pass runs a wave of promising nodes in one batch and looks at what the model say
 ride in the same batch as the root, so the model judges several levels in one pass (staged speculative decoding,
 2308.04623, section 3.2).
 
-What the two modes share is here; `greedy.py` and `sampled.py` hold how children are chosen.
+What the two modes share is here; `greedy.py` and `sampled.py` hold how children are chosen, `shaped.py` how
+where the tree's shape is given.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import DraftRequest
 from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.session import Session
+from skipstone.runtimes.shapes import TreeShape
 from skipstone.runtimes.tree import TokenTree
 
 WAVES = (1, 2, 4, 8)
@@ -39,6 +41,7 @@ class GrowthOptions:
         floor: a child under this path probability is not drafted.
         length: levels below the root; None: as deep as it pays.
         confidence: stop a path when the drafting model's probability falls under this (double early exit).
+        shape: grow exactly this tree, from the drafting model alone; None: as it pays, round by round.
     """
 
     branching: int = 2
@@ -47,6 +50,7 @@ class GrowthOptions:
     floor: float = 0.02
     length: int | None = None
     confidence: float = 0.0
+    shape: TreeShape | None = None
 
 
 @dataclass(frozen=True, slots=True)

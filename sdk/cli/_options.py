@@ -40,6 +40,16 @@ AssistantEarlyExit = Annotated[int | None, typer.Option(help="Exit to draft with
 NumAssistantTokens = Annotated[
     int | None, typer.Option(help="Longest draft.", show_default="as far as it pays")
 ]
+AssistantLaterExit = Annotated[
+    int | None, typer.Option(help="Exit that judges the first one's drafts.", show_default="none")
+]
+DraftTree = Annotated[
+    str | None,
+    typer.Option(
+        help="Tree that layerskip drafts every round: each node's parent, 0 being the text. From simulate --search.",
+        show_default="a chain as long as it pays",
+    ),
+]
 AssistantConfidenceThreshold = Annotated[
     float | None, typer.Option(help="Stop drafting under this probability.", show_default="0")
 ]

@@ -51,7 +51,9 @@ def bench(
         typer.Option("--stop-at-eos", help="End a prompt at an end-of-text token, as encoder-decoders do."),
     ] = False,
     assistant_early_exit: flags.AssistantEarlyExit = None,
+    assistant_later_exit: flags.AssistantLaterExit = None,
     num_assistant_tokens: flags.NumAssistantTokens = None,
+    draft_tree: flags.DraftTree = None,
     assistant_confidence_threshold: flags.AssistantConfidenceThreshold = None,
     prompt_lookup_num_tokens: flags.PromptLookupNumTokens = None,
     assistant_model: Annotated[
@@ -100,6 +102,7 @@ def bench(
     from skipstone.placing import parse_place
     from skipstone.runtimes.engines import EngineOptions
     from skipstone.runtimes.sampling import SamplingConfig
+    from skipstone.runtimes.shapes import TreeShape
     from skipstone.runtimes.strategies import StrategyOptions
 
     placed = parse_place(place or ())
@@ -126,6 +129,8 @@ def bench(
             num_assistant_tokens,
             assistant_confidence_threshold,
             prompt_lookup_num_tokens,
+            assistant_later_exit=assistant_later_exit,
+            draft_tree=None if draft_tree is None else TreeShape.parse(draft_tree),
         ),
         assistant_model=None if assistant_model is None else str(assistant_model),
         control=control,

@@ -50,7 +50,9 @@ def generate(
         bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
     ] = False,
     assistant_early_exit: flags.AssistantEarlyExit = None,
+    assistant_later_exit: flags.AssistantLaterExit = None,
     num_assistant_tokens: flags.NumAssistantTokens = None,
+    draft_tree: flags.DraftTree = None,
     assistant_confidence_threshold: flags.AssistantConfidenceThreshold = None,
     prompt_lookup_num_tokens: flags.PromptLookupNumTokens = None,
     early_exit_margin: Annotated[
@@ -116,6 +118,7 @@ def generate(
     from skipstone.runtimes.beam import BeamOptions
     from skipstone.runtimes.generate import GenerationLimits
     from skipstone.runtimes.sampling import SamplingConfig
+    from skipstone.runtimes.shapes import TreeShape
     from skipstone.runtimes.strategies import StrategyOptions
 
     # Everything that can be said without the weights is said before they are loaded.
@@ -133,6 +136,8 @@ def generate(
         assistant_confidence_threshold,
         prompt_lookup_num_tokens,
         guide,
+        assistant_later_exit,
+        None if draft_tree is None else TreeShape.parse(draft_tree),
     )
     beams = BeamOptions(
         num_beams, num_return_sequences, length_penalty, patience, num_beam_groups, diversity_penalty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.policies.auto import AutoPolicy, Record
 from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.session import Session
+from skipstone.runtimes.shapes import TreeShape
 from skipstone.runtimes.tree import TokenTree
 from tests.runtimes.toy_engine import ToyEngine, toy_costs
 
@@ -50,6 +52,7 @@ class RandomDrafter:
 
 Make = Callable[[ToyEngine, GrowthOptions], Drafter]
 _TEXT = "prompt-lookup+recycling"
+SHAPE = TreeShape.parse("0,1,0,2,2,1,3,4,0")
 
 
 def _draft_model(engine: ToyEngine, source: Drafter | None, options: GrowthOptions) -> DraftModelDrafter:
@@ -72,6 +75,10 @@ DRAFTERS: dict[str, Make] = {
     "gated": lambda e, o: GatedDrafter(text_drafter(_TEXT, e.vocab_size)),
     "exit 2": lambda e, o: EarlyExitDrafter(2, None, o),
     "exit 4": lambda e, o: EarlyExitDrafter(4, None, o),
+    "exit 2 in a shape": lambda e, o: EarlyExitDrafter(2, None, replace(o, shape=SHAPE)),
+    "exit 2 in a shape → exit 4": lambda e, o: EarlyExitDrafter(
+        4, EarlyExitDrafter(2, None, replace(o, shape=SHAPE)), o
+    ),
     "text → exit 2": lambda e, o: EarlyExitDrafter(2, text_drafter(_TEXT, e.vocab_size), o),
     "random → exit 4": lambda e, o: EarlyExitDrafter(4, RandomDrafter(e.vocab_size), o),
     "text → exit 2 → exit 4": lambda e, o: EarlyExitDrafter(

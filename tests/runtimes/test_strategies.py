@@ -9,6 +9,7 @@ from skipstone.runtimes.drafters.draft_model import DraftModelDrafter
 from skipstone.runtimes.generate import GenerationLimits, generate
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
+from skipstone.runtimes.shapes import TreeShape
 from skipstone.runtimes.strategies import STRATEGIES, Materials, StrategyOptions, chosen_exit, make_policy
 from tests.runtimes.toy_engine import ToyEngine, plain_tokens, toy_costs
 
@@ -90,3 +91,30 @@ def test_a_draft_model_strategy_without_a_draft_model_is_refused() -> None:
 def test_options_that_mean_nothing_are_refused(flag: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"--{flag.replace('_', '-')}"):
         StrategyOptions(**{flag: value})  # type: ignore[arg-type]
+
+
+def test_the_asked_tree_is_drafted_round_after_round() -> None:
+    shape = TreeShape.parse("0,1,0,2")
+    steps = steps_of("layerskip", materials(draft_tree=shape, assistant_early_exit=4))
+    drafted = [step.drafted for step in steps]  # type: ignore[attr-defined]
+    assert set(drafted[1:-4]) == {4}, "the last rounds have no room for it"
+    with pytest.raises(UsageError, match="--draft-tree: does not go with strategy staged"):
+        make_policy("staged", materials(draft_tree=shape))
+    with pytest.raises(UsageError, match="--draft-tree, --num-assistant-tokens"):
+        materials(draft_tree=shape, num_assistant_tokens=3)
+
+
+@pytest.mark.parametrize("strategy", ["layerskip", "staged"])
+def test_a_later_exit_judges_the_first_ones_drafts(strategy: str) -> None:
+    given = materials(assistant_later_exit=4)
+    steps = steps_of(strategy, given)
+    assert [t for step in steps for t in step.tokens] == plain_tokens(ENGINE, PROMPT, 30)  # type: ignore[attr-defined]
+    names = {step.drafter for step in steps} - {""}  # type: ignore[attr-defined]
+    assert len(names) == 1
+    assert names.pop().endswith("exit 2 → exit 4")
+
+
+@pytest.mark.parametrize(("first", "later"), [(2, 2), (4, 2), (2, 6), (2, 3)])
+def test_a_later_exit_that_is_none_is_refused(first: int, later: int) -> None:
+    with pytest.raises(UsageError, match=f"--assistant-later-exit {later}: .* exits behind {first} are"):
+        make_policy("layerskip", materials(assistant_early_exit=first, assistant_later_exit=later))
