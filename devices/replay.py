@@ -4,6 +4,9 @@ Under greedy decoding what follows a text does not depend on the drafts, so a ro
 drafts left out: those of the accepted path that remain are accepted, and the target adds its own token, which the record
 knows too. Where the record went further than the cut, what is left of its tree is drafted again from the token that was
 reached: an approximation, for a drafter would know the new token and might say something else or more.
+
+What an exit says after a text does not depend on drafts either. So where the trace tells the place of every token among
+an exit's choices, the rounds in which that exit drafts a tree of a given shape are known exactly, whatever the shape.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from skipstone.devices.traces import TARGET, Round
+from skipstone.devices.traces import HEAD, TARGET, Round
 from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.shapes import TreeShape
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,51 @@ def shortened(round: Round, cut: Cut, segments: int) -> Iterator[Work]:
         yield Work(calls, len(kept), tokens)
         left -= tokens
         reached += hits + 1
+
+
+def in_shape(ranks: Sequence[int], shape: TreeShape, stop: int, segments: int) -> Iterator[Work]:
+    """The rounds that give a text when an exit drafts the same tree in each.
+
+    Args:
+        ranks: of the text's tokens among the exit's choices (`skipstone.devices.traces.Run.ranks`).
+        shape: of the tree; near the text's end its first nodes.
+        stop: number of segments up to the exit.
+        segments: number of the target's segments.
+    """
+    known: dict[int, tuple[TreeShape, tuple[tuple[int, int, int], ...]]] = {}
+    reached = 0
+    while reached < len(ranks):
+        size = min(len(shape), len(ranks) - reached - 1)
+        if size not in known:
+            tree = shape.first(size)
+            known[size] = tree, shape_calls(tree, stop, segments)
+        tree, calls = known[size]
+        tokens = 1 + _followed(tree, ranks[reached:])
+        yield Work(calls, size, tokens)
+        reached += tokens
+
+
+def shape_calls(shape: TreeShape, stop: int, segments: int) -> tuple[tuple[int, int, int], ...]:
+    """The engine's calls of a round in which an exit drafts a tree of this shape; arguments as `in_shape`'s.
+
+    Every level is one batch of the nodes that have children. Leaves, and without any the root, come to the exit only
+    when they are verified.
+    """
+    drafting = [(TARGET, part, len(wave)) for wave in shape.waves for part in (*range(stop), HEAD)]
+    leaves = len(shape) + 1 - len(shape.children)
+    before = [(TARGET, part, leaves) for part in range(stop)]
+    return (*drafting, *before, *((TARGET, part, len(shape) + 1) for part in range(stop, segments)))
+
+
+def _followed(shape: TreeShape, ranks: Sequence[int]) -> int:
+    """How many drafts of a tree are accepted where the text takes these choices."""
+    node, count = ROOT, 0
+    for rank in ranks:
+        below = shape.children.get(node, ())
+        if not 0 <= rank < len(below):
+            break
+        node, count = below[rank], count + 1
+    return count
 
 
 def _depths(parents: Sequence[int]) -> list[int]:

@@ -15,19 +15,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from typing import Protocol
 
 import numpy as np
 
 from skipstone.bundle import CostCurve
-from skipstone.devices.replay import WHOLE, Cut, Work, as_it_ran, plainly, shortened
-from skipstone.devices.traces import DRAFT_MODEL, HEAD, Round, Run, Trace
+from skipstone.devices.replay import WHOLE, Cut, Work, as_it_ran, in_shape, plainly, shortened
+from skipstone.devices.traces import DRAFT_MODEL, HEAD, Run, Trace
 from skipstone.errors import UsageError
 from skipstone.runtimes.costs import CostModel
+from skipstone.runtimes.shapes import TreeShape
 
-PLAIN = "plain"
+PLAIN, LAYERSKIP = "plain", "layerskip"
 _FEWEST = 8  # rounds from which a slope can be told
 
 
@@ -110,17 +111,39 @@ class Host:
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to decode: a recorded strategy, as it ran or cut shorter (`skipstone.devices.replay.Cut`)."""
+    """A way to decode: a recorded strategy, as it ran or cut shorter (`skipstone.devices.replay.Cut`); or an exit that
+    drafts the same tree every round.
+
+    Attributes:
+        strategy: its name; `layerskip` for a tree.
+        cut: of a recorded strategy.
+        exit: layers of the exit that drafts; None: the strategy has none, or it is not told.
+        later_exit: layers of the exit that judges those drafts; None: none does.
+        tree: that the exit drafts, whatever was recorded of the strategy.
+    """
 
     strategy: str
     cut: Cut = WHOLE
+    exit: int | None = None
+    later_exit: int | None = None
+    tree: TreeShape | None = None
 
     @property
     def label(self) -> str:
         """For people."""
+        if self.tree is not None:
+            chain = self.tree.depth == len(self.tree)
+            form = (
+                f"a chain of {len(self.tree)}"
+                if chain
+                else f"a tree of {len(self.tree)}, {self.tree.depth} deep"
+            )
+            return f"exit {self.exit} drafts {form}"
+        exits = [str(each) for each in (self.exit, self.later_exit) if each is not None]
+        through = f", exit {' → exit '.join(exits)}" if exits else ""
         length = "" if self.cut.length is None else f", length ≤ {self.cut.length}"
         rows = "" if self.cut.rows is None else f", rows ≤ {self.cut.rows}"
-        return f"{self.strategy}{length}{rows}"
+        return f"{self.strategy}{through}{length}{rows}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +193,7 @@ def simulate(trace: Trace, plan: Plan, device: Device, host: Host) -> Prediction
 
     Args:
         trace: what was drafted and accepted.
-        plan: `plain`, which every trace knows, or a recorded strategy.
+        plan: `plain`, which every trace knows, a recorded strategy, or a tree of an exit whose choices were recorded.
         device: where it would run.
         host: what runs it, see `measure_host`.
 
@@ -178,26 +201,52 @@ def simulate(trace: Trace, plan: Plan, device: Device, host: Host) -> Prediction
         UsageError: a strategy that was not recorded, a cut of sampled drafts or below one, a draft model without a
             curve, or rounds there are none of.
     """
-    runs = _runs(trace, plan, device)
-    segments = len(trace.header.curve.exits)
     stretch = host.stretches.get(plan.strategy, host.stretch)
+    seconds = cache(device.seconds)
     tokens = rounds = 0
     spent = waited = 0.0
-    for each in chain.from_iterable(run.rounds for run in runs):
-        drafter = "" if plan.strategy == PLAIN else each.drafter
-        for work in _works(each, plan, segments):
-            tokens, rounds = tokens + work.tokens, rounds + 1
-            spent += stretch * sum(device.seconds(*call) for call in work.calls)
-            waited += host.seconds(plan.strategy, drafter, work.drafted)
+    for drafter, work in _works(trace, plan, device):
+        tokens, rounds = tokens + work.tokens, rounds + 1
+        spent += stretch * sum(seconds(*call) for call in work.calls)
+        waited += host.seconds(plan.strategy, drafter, work.drafted)
     return Prediction(plan, tokens, rounds, spent, waited)
 
 
-def _works(each: Round, plan: Plan, segments: int) -> Iterator[Work]:
-    if plan.strategy == PLAIN:
-        return plainly(each, segments)
-    if plan.cut == WHOLE:
-        return iter((as_it_ran(each),))
-    return shortened(each, plan.cut, segments)
+def _works(trace: Trace, plan: Plan, device: Device) -> Iterator[tuple[str, Work]]:
+    """Every round's drafter and work.
+
+    Raises:
+        UsageError: see `simulate`.
+    """
+    segments = len(trace.header.curve.exits)
+    if plan.tree is not None:
+        stop = _stop(trace, plan)
+        for ranks in trace.ranks(trace.header.curve.exits[stop - 1]):
+            yield from ((f"exit {plan.exit}", work) for work in in_shape(ranks, plan.tree, stop, segments))
+        return
+    for each in chain.from_iterable(run.rounds for run in _runs(trace, plan, device)):
+        if plan.strategy == PLAIN:
+            yield from (("", work) for work in plainly(each, segments))
+        elif plan.cut == WHOLE:
+            yield each.drafter, as_it_ran(each)
+        else:
+            yield from ((each.drafter, work) for work in shortened(each, plan.cut, segments))
+
+
+def _stop(trace: Trace, plan: Plan) -> int:
+    """Number of segments up to a plan's exit.
+
+    Raises:
+        UsageError: the trace does not tell what the exit would have said.
+    """
+    exits = trace.header.curve.exits
+    if plan.exit is None or not any(trace.ranks(plan.exit)):
+        known = ", ".join(str(each) for each in exits[:-1] if any(trace.ranks(each))) or "none"
+        raise UsageError(
+            f"{plan.label}: the trace tells the choices of exits {known}",
+            hint="record plain decoding, greedily, with `skipstone bench DIR --trace FILE`",
+        )
+    return exits.index(plan.exit) + 1
 
 
 def _runs(trace: Trace, plan: Plan, device: Device) -> Sequence[Run]:

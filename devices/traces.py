@@ -23,6 +23,7 @@ from skipstone.errors import UsageError
 
 SCHEMA_VERSION: Literal[1] = 1
 HEAD = -1  # the part that is the draft head
+RANKS = 16  # choices of an exit that are looked at
 TARGET, DRAFT_MODEL = 0, 1
 _KIND = "skipstone trace"
 _HINT = "make one with `skipstone bench DIR --trace FILE`"
@@ -110,18 +111,31 @@ class Run(_Record):
         prompt: index of the prompt.
         tokens: what was generated; the first one comes from the prompt, the rounds give the others.
         rounds: in order.
+        ranks: of greedy plain decoding, a row for each inner exit: the place of every token but the first among what
+            that exit's head holds likeliest after the tokens before it, 0 for its first choice; -1: not among its first
+            `RANKS`, or not in the draft vocabulary. Empty where it was not looked up.
     """
 
     strategy: str
     prompt: int
     tokens: tuple[int, ...]
     rounds: tuple[Round, ...]
+    ranks: tuple[tuple[int, ...], ...] = ()
 
     @model_validator(mode="after")
     def _rounds_give_the_tokens(self) -> Self:
         given = sum(each.fresh for each in self.rounds)
         if given != len(self.tokens) - 1:
             raise ValueError(f"the rounds give {given} tokens, all but the first of {len(self.tokens)}")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_are_of_the_tokens(self) -> Self:
+        for row in self.ranks:
+            if len(row) != len(self.tokens) - 1 or not all(-1 <= rank < RANKS for rank in row):
+                raise ValueError(
+                    f"ranks: {len(self.tokens) - 1} of them from -1 to {RANKS - 1} were expected for every exit"
+                )
         return self
 
 
@@ -178,6 +192,16 @@ class Trace:
         """The runs of a strategy."""
         return tuple(run for run in self.runs if run.strategy == strategy)
 
+    def ranks(self, exit: int) -> tuple[tuple[int, ...], ...]:
+        """What an inner exit made of each text, see `Run.ranks`; nothing where it was not recorded.
+
+        Args:
+            exit: number of layers.
+        """
+        inner = self.header.curve.exits[:-1]
+        known = (run.ranks for run in self.runs if run.ranks)
+        return tuple(rows[inner.index(exit)] for rows in known) if exit in inner else ()
+
 
 def trace_lines(trace: Trace) -> Iterator[str]:
     """The file's lines; keys that hold their default are left out of the runs."""
@@ -200,6 +224,13 @@ def read_trace(path: Path) -> Trace:
     runs = tuple(_parse(path, number, line, Run) for number, line in enumerate(lines[1:], 2))
     if not runs:
         raise UsageError(f"{path}: a trace without any runs", hint=_HINT)
+    inner = len(header.curve.exits) - 1
+    for number, run in enumerate(runs, 2):
+        if len(run.ranks) not in (0, inner):
+            raise UsageError(
+                f"{path}, line {number}: ranks of {len(run.ranks)} exits, the model has {inner} inner ones",
+                hint=_HINT,
+            )
     return Trace(header, runs)
 
 

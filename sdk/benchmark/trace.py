@@ -9,11 +9,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from skipstone import __version__
-from skipstone.benchmark.measure import Runner, Sample
+from skipstone.benchmark.measure import Sample, StrategyRunner
+from skipstone.benchmark.ranks import exit_ranks
 from skipstone.benchmark.report import write_text
 from skipstone.benchmark.subject import Subject
 from skipstone.benchmark.tracing import Recorder, TracedEngine
 from skipstone.devices.curves import MeasuredCurve
+from skipstone.devices.simulator import PLAIN
 from skipstone.devices.traces import DRAFT_MODEL, DraftModelFacts, Run, Trace, TraceHeader, trace_lines
 from skipstone.errors import UsageError
 from skipstone.inputs import ModelInput
@@ -76,16 +78,23 @@ class Tracer:
 
 @dataclass
 class TracedRunner:
-    """A strategy's runner whose generations are recorded; called for one prompt after the other."""
+    """A strategy's runner whose generations are recorded; called for one prompt after the other.
 
-    runner: Runner
+    What the exits say of a text is looked up once, after its plain decoding, and outside any time that is taken.
+    """
+
+    runner: StrategyRunner
     tracer: Tracer
     strategy: str
     prompt: int = 0
 
     def __call__(self, given: ModelInput) -> Sample:
         sample = self.runner(given)
-        self.tracer.runs.append(self.tracer.recorder.finish(self.strategy, self.prompt, sample.tokens))
+        run = self.tracer.recorder.finish(self.strategy, self.prompt, sample.tokens)
+        if self.strategy == PLAIN and self.runner.sampling.greedy:
+            ranks = exit_ranks(self.runner.subjects[0].session, given, sample.tokens)
+            run = run.model_copy(update={"ranks": ranks})
+        self.tracer.runs.append(run)
         self.prompt += 1
         return sample
 

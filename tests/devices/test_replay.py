@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 
-from skipstone.devices.replay import WHOLE, Cut, as_it_ran, plainly, shortened
+from skipstone.devices.replay import WHOLE, Cut, as_it_ran, in_shape, plainly, shape_calls, shortened
 from skipstone.devices.traces import HEAD, Call, Round
-from tests.devices.timed import Bench, bench, curve_of
+from skipstone.runtimes.shapes import TreeShape
+from tests.devices.timed import TOKENS, Bench, bench, curve_of
 
 __all__ = ["bench"]
 
@@ -109,3 +110,38 @@ def test_a_cut_gives_the_same_tokens_and_keeps_to_its_limits(bench: Bench, strat
             assert cut.rows is None or piece.drafted < cut.rows
             assert cut.length is None or piece.tokens <= cut.length + 1
             assert all(width > 0 for _, _, width in piece.calls)
+
+
+def test_the_calls_of_a_shape_worked_out_by_hand() -> None:
+    """Two under the root, two under the first of these; the second exit drafts: two passes of one row."""
+    calls = Counter(shape_calls(TreeShape.parse("0,1,1,0"), 2, 3))
+    passes = Counter({(0, 0, 1): 2, (0, 1, 1): 2, (0, HEAD, 1): 2})
+    assert calls == passes + Counter({(0, 0, 3): 1, (0, 1, 3): 1, (0, 2, 5): 1}), "three leaves, five rows"
+    assert shape_calls(TreeShape(()), 2, 3) == ((0, 0, 1), (0, 1, 1), (0, 2, 1)), "plain decoding"
+
+
+def test_a_text_of_known_choices_is_followed_through_the_tree() -> None:
+    shape = TreeShape.parse("0,1,1,0")
+    # a first choice and then a second one, then a third, of which there is none; a second choice; nothing known
+    rounds = list(in_shape((0, 1, 2, 1, 0, -1, 0, 0, 0), shape, 1, 3))
+    assert [(work.tokens, work.drafted) for work in rounds] == [(3, 4), (2, 4), (1, 3), (3, 2)]
+
+
+@pytest.mark.parametrize("exit", [2, 4])
+@pytest.mark.parametrize("text", ["0", "0,1,2,3", "0,0,0", "0,1,0,2,2,1,3,4,0"])
+def test_an_exits_trees_are_replayed_as_they_run(bench: Bench, exit: int, text: str) -> None:
+    shape = TreeShape.parse(text)
+    plain, _ = bench.run("plain", HERE)
+    recorded, _ = bench.run("layerskip", HERE, exit=exit, shape=shape)
+    replayed = list(in_shape(plain.ranks[exit // 2 - 1], shape, exit // 2, 3))
+    given = 0
+    for work, each in zip(replayed, recorded.rounds, strict=False):
+        ran = as_it_ran(each)
+        if (
+            given < TOKENS - 24
+        ):  # then the context, which is no longer than it must be, leaves no room for trees
+            assert (work.tokens, work.drafted) == (ran.tokens, ran.drafted)
+            assert Counter(work.calls) == Counter(ran.calls)
+        given += work.tokens
+    assert given >= TOKENS - 24
+    assert any(work.tokens > 1 for work in replayed), "nothing was accepted: the test shows nothing"

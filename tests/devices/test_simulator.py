@@ -8,6 +8,7 @@ from skipstone.devices.curves import MeasuredCurve
 from skipstone.devices.replay import Cut
 from skipstone.devices.simulator import Device, Host, Plan, measure_host, simulate
 from skipstone.errors import UsageError
+from skipstone.runtimes.shapes import TreeShape
 from tests.devices.timed import DRAFT_DEVICE, HOST, HOST_PER_DRAFT, TOKENS, Bench, bench, curve_of, trace_of
 
 __all__ = ["bench"]
@@ -175,3 +176,35 @@ def test_a_device_is_what_its_curve_says(bench: Bench) -> None:
     assert device.seconds(0, 2, 4) == pytest.approx(1e-3 * (1 + 0.05 * 3))
     assert device.seconds(0, -1, 2) == pytest.approx(1e-4 * 1.05)
     assert device.seconds(1, 1, 1) == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize("widths", [(), (1, 4, 8, 32)])
+@pytest.mark.parametrize("exit", [2, 4])
+@pytest.mark.parametrize("text", ["0,1,2", "0,0,1,1,2,0,3"])
+def test_a_tree_that_never_ran_is_predicted_from_the_exits_choices(
+    bench: Bench, text: str, exit: int, widths: tuple[int, ...]
+) -> None:
+    shape = TreeShape.parse(text)
+    trace = trace_of(HERE, *(bench.run(name, HERE, believed=FLAT)[0] for name in ("plain", "layerskip")))
+    plan = Plan("layerskip", exit=exit, tree=shape)
+    predicted = simulate(trace, plan, Device(FLAT, widths=widths), measure_host(trace))
+    _, measured = bench.run("layerskip", FLAT, widths=widths, exit=exit, shape=shape)
+    assert predicted.tokens_per_second == pytest.approx(measured, rel=0.02)
+    assert predicted.tokens == TOKENS
+
+
+@pytest.mark.parametrize("exit", [None, 3, 6])
+def test_a_tree_of_an_exit_that_was_not_asked_is_refused(bench: Bench, exit: int | None) -> None:
+    plan = Plan("layerskip", exit=exit, tree=TreeShape.parse("0"))
+    with pytest.raises(UsageError, match="tells the choices of exits 2, 4"):
+        simulate(trace_of(HERE, bench.run("plain", HERE)[0]), plan, Device(HERE), Host())
+    with pytest.raises(UsageError, match=r"choices of exits none .*record plain decoding"):
+        simulate(trace_of(HERE, bench.run("staged", HERE)[0]), plan, Device(HERE), Host())
+
+
+def test_plans_are_named_for_people() -> None:
+    assert Plan("staged", Cut(length=3), exit=2, later_exit=6).label == "staged, exit 2 → exit 6, length ≤ 3"
+    assert Plan("layerskip", exit=2, tree=TreeShape.parse("0,1,2")).label == "exit 2 drafts a chain of 3"
+    assert (
+        Plan("layerskip", exit=2, tree=TreeShape.parse("0,1,0")).label == "exit 2 drafts a tree of 3, 2 deep"
+    )

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from skipstone.devices.traces import DRAFT_MODEL, HEAD, TARGET, Trace, read_trace, trace_lines
+from skipstone.devices.traces import DRAFT_MODEL, HEAD, RANKS, TARGET, Trace, read_trace, trace_lines
 from skipstone.errors import UsageError
-from tests.devices.timed import Bench, bench, curve_of, trace_of
+from skipstone.runtimes.session import Session
+from tests.devices.timed import PROMPT, TOKENS, Bench, bench, curve_of, trace_of
 
 __all__ = ["bench"]
 
@@ -111,6 +113,9 @@ def change(line: int, edit: Callable[[Any], Any]) -> Callable[[list[str]], list[
         ),
         (change(2, lambda r: r["rounds"][0].update(parents=[0])), "line 3: rounds.0: "),
         (change(2, lambda r: r["rounds"][0].update(fresh=77)), "line 3: rounds.0: .*77 fresh tokens"),
+        (change(1, lambda r: r["ranks"][0].pop()), "line 2: .*ranks: 120 of them from -1 to 15"),
+        (change(1, lambda r: r["ranks"][1].__setitem__(0, 16)), "line 2: .*ranks: 120 of them from -1 to 15"),
+        (change(1, lambda r: r["ranks"].pop()), "line 2: ranks of 1 exits, the model has 2 inner ones"),
     ],
 )
 def test_a_damaged_or_newer_trace_is_refused_by_line(
@@ -125,3 +130,21 @@ def test_a_damaged_or_newer_trace_is_refused_by_line(
 def test_a_missing_trace_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.jsonl: cannot be read"):
         read_trace(tmp_path / "none.jsonl")
+
+
+def test_the_ranks_are_the_places_among_the_exits_choices(trace: Trace, bench: Bench) -> None:
+    """Against every exit asked for every place of the text anew, token by token."""
+    run = next(run for run in trace.runs if run.ranks)
+    assert (run.strategy, len(run.ranks), trace.ranks(4)) == ("plain", 2, (run.ranks[1],))
+    engine = bench.engine(HERE)
+    for place in range(0, TOKENS, 7):
+        session = Session(engine, engine.max_context_length)
+        rows = session.push([*PROMPT, *run.tokens[: place + 1]])
+        for exit_layer, ranks in zip((2, 4), run.ranks, strict=True):
+            order = engine.draft_vocabulary[np.argsort(-session.advance(rows[-1:], exit_layer)[0])].tolist()
+            token = run.tokens[place + 1]
+            expected = order.index(token) if token in order[:RANKS] else -1
+            assert ranks[place] == expected
+    assert {rank for ranks in run.ranks for rank in ranks} >= {-1, 0, 1}, (
+        "nothing was hard: the test shows nothing"
+    )

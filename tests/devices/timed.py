@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 import skipstone.benchmark.tracing as tracing_module
 import skipstone.runtimes.generate as generate_module
+from skipstone.benchmark.ranks import exit_ranks
 from skipstone.benchmark.tracing import Recorder, TracedEngine, TracedPolicy, witnessed
 from skipstone.bundle import CostCurve
 from skipstone.devices.curves import CurveKey, MeasuredCurve
 from skipstone.devices.traces import DRAFT_MODEL, DraftModelFacts, Run, Trace, TraceHeader
+from skipstone.inputs import ModelInput
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter, DraftRequest
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter
@@ -24,6 +26,7 @@ from skipstone.runtimes.generate import FixedPolicy, GenerationLimits, Policy, g
 from skipstone.runtimes.rows import RowTree
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
+from skipstone.runtimes.shapes import TreeShape
 from skipstone.runtimes.tree import TokenTree
 from tests.runtimes.toy_engine import FloatArray, ToyCache, ToyEngine
 
@@ -151,10 +154,13 @@ class Bench:
         length: int | None = None,
         rows: int | None = None,
         sampled: bool = False,
+        exit: int = 2,
+        shape: TreeShape | None = None,
     ) -> tuple[Run, float]:
         recorder, engine = Recorder(), self.engine(device, widths)
         costs = CostModel((believed or device).curve, engine.exits)
-        drafter = self._drafter(strategy, recorder, device, widths, length)
+        growth = GrowthOptions(length=length, shape=shape)
+        drafter = self._drafter(strategy, recorder, widths, exit, growth)
         policy: Policy = FixedPolicy(None if drafter is None else Busy(drafter, self.clock, rows))
         session = Session(TracedEngine(engine, recorder), engine.max_context_length)
         sampler = Sampler(SamplingConfig(temperature=1.0, seed=0) if sampled else SamplingConfig())
@@ -169,24 +175,27 @@ class Bench:
             began = began if tokens else self.clock.now
             tokens += step.tokens
         rate = (len(tokens) - 1) / (self.clock.now - began)
-        return recorder.finish(strategy, 0, tokens), rate
+        found = recorder.finish(strategy, 0, tokens)
+        if strategy == "plain":
+            ranks = exit_ranks(session, ModelInput(PROMPT), tokens)
+            found = found.model_copy(update={"ranks": ranks})
+        return found, rate
 
     def _drafter(
         self,
         strategy: str,
         recorder: Recorder,
-        device: MeasuredCurve,
         widths: Sequence[int],
-        length: int | None,
+        exit: int,
+        shape: GrowthOptions,
     ) -> Drafter | None:
         text = witnessed(NGramDrafter(length=10), recorder)
-        shape = GrowthOptions(length=length)
         if strategy == "prompt-lookup":
-            return NGramDrafter(length=length or 10)
+            return NGramDrafter(length=shape.length or 10)
         if strategy == "layerskip":
-            return EarlyExitDrafter(2, None, GrowthOptions(length=length, guesses=0, branching=1))
+            return EarlyExitDrafter(exit, None, replace(shape, guesses=0, branching=1))
         if strategy == "staged":
-            return EarlyExitDrafter(2, text, shape)
+            return EarlyExitDrafter(exit, text, shape)
         if strategy == "draft-model":
             model = self.engine(DRAFT_DEVICE, widths, draft=True)
             session = Session(TracedEngine(model, recorder, DRAFT_MODEL), model.max_context_length)
