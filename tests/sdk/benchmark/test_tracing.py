@@ -57,6 +57,14 @@ def test_a_trace_tells_what_the_report_counts_and_what_it_did_not_disturb(
         assert predicted.tokens_per_second > 0
     drafted = {call.model for run in trace.of("draft-model") for r in run.rounds for call in r.drafting}
     assert drafted == {DRAFT_MODEL}
+    for plain, chains in zip(trace.of("plain"), trace.of("layerskip"), strict=True):
+        ranks = plain.ranks[0]
+        for each in chains.rounds:
+            hits = len(each.accepted)
+            assert ranks[:hits] == (0,) * hits, "a chain is of the exit's first choices"
+            assert hits in (len(each.parents), each.fresh) or ranks[hits] != 0
+            ranks = ranks[each.fresh :]
+        assert not ranks
 
 
 @pytest.mark.engine
