@@ -103,8 +103,8 @@ class Policy(Protocol):
     def begin(self, prompt: Sequence[int], session: Session) -> None:
         """A new sequence begins with these tokens, which the session holds."""
 
-    def next(self) -> Choice:
-        """How the next round drafts."""
+    def next(self, remaining: int) -> Choice:
+        """How the next round drafts; at most `remaining` tokens, two or more, are still to come."""
 
     def learn(self, outcome: Outcome) -> None:
         """A round is over."""
@@ -120,7 +120,7 @@ class FixedPolicy:
         if self.drafter is not None:
             self.drafter.reset(prompt, session.source)
 
-    def next(self) -> Choice:
+    def next(self, remaining: int) -> Choice:
         return Choice(self.drafter)
 
     def learn(self, outcome: Outcome) -> None:
@@ -195,8 +195,9 @@ class _Run:
         # drafters may compute rows that are not verified in the end: half the room is theirs
         room = min((session.room - 1) // 2, session.max_branches - 1)
         measured = self._costs.widest - 1
-        limit = min(self._limits.max_new_tokens - self.emitted - 1, room, measured)
-        choice = self._policy.next() if limit > 0 else Choice()
+        remaining = self._limits.max_new_tokens - self.emitted
+        limit = min(remaining - 1, room, measured)
+        choice = self._policy.next(remaining) if limit > 0 else Choice()
         drafter, tree = choice.drafter, _NO_TREE
         if drafter is not None:
             request = DraftRequest(

@@ -12,7 +12,7 @@ decodes plainly where none is hoped to be faster. Four things keep the promise n
 - every generation keeps an account in plain tokens: what drafting gained and lost. It opens with a small credit, a
   small share of every token is paid in, and once it is overdrawn only plain decoding goes on;
 - an arm whose record is good is trusted to make up for a bad start and may lose more before it is stopped: to stop it
-  then would only make sure of the loss.
+  then would only make sure of the loss. Nothing is lent where a generation is too short to make up for it.
 
 The record can be kept, and given to the next process (`AutoPolicy.record`).
 
@@ -47,6 +47,7 @@ _GAIN = 1.1  # speed-up that earns it
 _CREDIT = 1.0  # plain tokens that drafting may lose at once
 _SHARE = 0.01  # of all tokens, that it may lose in the long run
 _TRUST = 20.0  # more of them, for an arm that is trusted
+_SHORT, _LONG = 16, 96  # tokens of a generation in which nothing may be lost, and all of this
 _STAKE = 1.5  # plain tokens that a round may lose beyond the account
 _OUTLIER = 1.5  # a round this much slower than foreseen was interrupted from outside
 _HOPE = 1.05  # speed-up that an untried arm of text is taken to have; stages come before text
@@ -176,7 +177,8 @@ class AutoPolicy:
         for arm in self._arms:
             arm.record = (record or {}).get(arm.drafter.name, Record())
         self._chosen: Arm | None = None
-        self._generated, self._credit, self._stake = 0, _CREDIT, 0.0
+        self._generated, self._gained, self._stake = 0, 0.0, 0.0
+        self._lent: float | None = None  # share of what may be lost that this generation is long enough for
 
     @property
     def record(self) -> dict[str, Record]:
@@ -186,16 +188,18 @@ class AutoPolicy:
     def begin(self, prompt: Sequence[int], session: Session) -> None:
         for text in self._texts:
             text.reset(prompt, session.source)
-        self._generated, self._credit = 0, _CREDIT
+        self._generated, self._gained, self._lent = 0, 0.0, None
         for arm in self._arms:
             arm.wake()
 
-    def next(self) -> Choice:
+    def next(self, remaining: int) -> Choice:
         self._chosen, self._stake = None, 0.0
-        if self._plain_rounds >= _WARM_UP:
+        if self._lent is None:
+            self._lent = min(1.0, max(0, remaining - _SHORT) / (_LONG - _SHORT))
+        if self._lent and self._plain_rounds >= _WARM_UP:
             best = max(filter(self._may_take, self._arms), key=lambda arm: arm.hoped, default=None)
             if best is not None and best.hoped > 1.0:
-                self._chosen, self._stake = best, self._account(best) + _STAKE
+                self._chosen, self._stake = best, self._account(best) + self._lent * _STAKE
         drafter = None if self._chosen is None else self._chosen.drafter
         return Choice(drafter, self._stake * self._seconds)
 
@@ -204,7 +208,7 @@ class AutoPolicy:
         self._generated += fresh
         if arm is None:
             self._learn_plain(min(outcome.seconds, _OUTLIER * self._seconds))
-            self._credit += _SHARE * fresh
+            self._gained += _SHARE * fresh
             return
         usual = arm.generation.price / max(1.0, arm.generation.rounds)
         foreseen = max(usual, 1.0 + min(self._stake, _STAKE)) * self._seconds
@@ -216,7 +220,7 @@ class AutoPolicy:
         arm.drafter.observe(outcome.observation)
         price = (seconds + time.perf_counter() - began) / self._seconds
         arm.update(fresh, price)
-        self._credit += (1.0 + _SHARE) * fresh - price
+        self._gained += (1.0 + _SHARE) * fresh - price
         if arm.speedup < 1.0:
             arm.sleep(self._generated)
         elif arm.speedup > _GAIN:
@@ -229,7 +233,7 @@ class AutoPolicy:
 
     def _account(self, arm: Arm) -> float:
         """Plain tokens that the arm may still lose in this generation."""
-        return self._credit + (_TRUST if arm.trusted else 0.0)
+        return self._gained + (self._lent or 0.0) * (_CREDIT + (_TRUST if arm.trusted else 0.0))
 
     def _may_take(self, arm: Arm) -> bool:
         return self._account(arm) > 0.0 and arm.asleep_until <= self._generated

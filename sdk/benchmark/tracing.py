@@ -178,8 +178,8 @@ class TracedPolicy:
     def begin(self, prompt: Sequence[int], session: Session) -> None:
         self._policy.begin(prompt, session)
 
-    def next(self) -> Choice:
-        choice = self._policy.next()
+    def next(self, remaining: int) -> Choice:
+        choice = self._policy.next(remaining)
         if choice.drafter is None:
             return choice
         return Choice(_Traced(choice.drafter, self._recorder.drafted), choice.allowance)

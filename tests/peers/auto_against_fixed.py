@@ -3,9 +3,10 @@
     python -m tests.peers.auto_against_fixed                        the shipped model on llama.cpp and on ExecuTorch
     python -m tests.peers.auto_against_fixed --bundles q8_0/        bundles that are there already
 
-Fixed ways are every strategy with every exit and a few draft lengths, none of them knowing anything at the start of a
-pass. All take turns, text by text, plain decoding twice: what the second falls short of the first by on a text is noise.
-The best is the fastest on the whole set, seen afterwards, which nobody can know before.
+Fixed ways are every strategy with every exit and a few draft lengths. All take turns, text by text, plain decoding
+twice: what the second falls short of the first by on a text is noise. The best is the fastest on the whole set, seen
+afterwards, which nobody can know before. `auto` begins every pass with what it learned from other texts (`--warm-up`),
+as in an application whose bundle was used before; `auto, new` begins with nothing, as the fixed ways do.
 """
 
 import argparse
@@ -13,22 +14,23 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from skipstone.benchmark.measure import Runner, Series, StrategyRunner
-from skipstone.benchmark.prompts import read_prompts
+from skipstone.benchmark.measure import Runner, Sample, Series, StrategyRunner
 from skipstone.benchmark.report import this_machine, write_json
 from skipstone.benchmark.rows import make_row
 from skipstone.benchmark.subject import Subject, new_policy
 from skipstone.bundle import Bundle, open_bundle
 from skipstone.exporters.pipeline import export_checkpoint
-from skipstone.inputs import encode_input
+from skipstone.inputs import ModelInput, encode_input
 from skipstone.jsonl import read_objects
 from skipstone.runtimes.engines import EngineOptions
-from skipstone.runtimes.generate import GenerationLimits
+from skipstone.runtimes.generate import GenerationLimits, Policy
+from skipstone.runtimes.policies.auto import AutoPolicy, Record
 from skipstone.runtimes.sampling import SamplingConfig
 from skipstone.runtimes.strategies import StrategyOptions
 from tests.peers.common import ROOT, command_line, take_turns
@@ -36,7 +38,7 @@ from tests.peers.common import ROOT, command_line, take_turns
 SCHEMES = (("gguf", "q8_0"), ("executorch", "none"))
 TEXT = ("prompt-lookup", "katz", "recycling")
 LENGTHS = (None, 3, 6)
-PLAIN, AGAIN, AUTO = "plain", "plain again", "auto"
+PLAIN, AGAIN, AUTO, NEW = "plain", "plain again", "auto", "auto, new"
 _OPEN = StrategyOptions()
 
 
@@ -50,7 +52,7 @@ class Way:
 
 def ways_of(bundle: Bundle) -> dict[str, Way]:
     """By name, all that are compared."""
-    return {PLAIN: Way(PLAIN), AGAIN: Way(PLAIN), AUTO: Way(AUTO), **dict(_fixed(bundle))}
+    return {PLAIN: Way(PLAIN), AGAIN: Way(PLAIN), AUTO: Way(AUTO), NEW: Way(AUTO), **dict(_fixed(bundle))}
 
 
 def _fixed(bundle: Bundle) -> Iterator[tuple[str, Way]]:
@@ -62,32 +64,75 @@ def _fixed(bundle: Bundle) -> Iterator[tuple[str, Way]]:
                 yield name, Way(strategy, StrategyOptions(exit_layer, length))
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Prompts, and how many tokens to make after each."""
+
+    inputs: tuple[ModelInput, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def read(cls, file: Path, subject: Subject, count: int) -> Self:
+        """From a file of prompts; a line may say `max_new_tokens` of its own."""
+        facts = subject.bundle.manifest.model
+        lines = [line for _, line in read_objects(file, 'a line is {"prompt": "def f("}')]
+        inputs = tuple(encode_input(subject.codec, facts, str(line["prompt"])) for line in lines)
+        return cls(inputs, tuple(int(line.get("max_new_tokens", count)) for line in lines))
+
+    def runner(self, subject: Subject, policy: Policy) -> Runner:
+        """Generates after one of them."""
+        by_prompt = {
+            tuple(given.prompt): count for given, count in zip(self.inputs, self.counts, strict=True)
+        }
+
+        def run(given: ModelInput) -> Sample:
+            limits = GenerationLimits(by_prompt[tuple(given.prompt)])
+            return StrategyRunner((subject,), policy, limits, SamplingConfig())(given)
+
+        return run
+
+
 def run(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, object]:
     """All ways on one bundle; the record of it."""
-    ways, facts = ways_of(bundle), bundle.manifest.model
-    limits = GenerationLimits(arguments.max_new_tokens)
+    ways = ways_of(bundle)
     with Subject(bundle, EngineOptions(threads=arguments.threads)) as subject:
-        prompts = read_prompts(arguments.prompts).prompts
-        inputs = [encode_input(subject.codec, facts, text) for text in prompts]
+        texts = Texts.read(arguments.prompts, subject, arguments.max_new_tokens)
+        learned = learn(
+            subject, [Texts.read(file, subject, arguments.max_new_tokens) for file in arguments.warm_up]
+        )
 
         def make(name: str) -> Runner:
-            policy = new_policy(ways[name].strategy, subject, None, ways[name].options)
-            return StrategyRunner((subject,), policy, limits, SamplingConfig())
+            record = learned if name == AUTO else None
+            policy = new_policy(ways[name].strategy, subject, None, ways[name].options, record=record)
+            return texts.runner(subject, policy)
 
-        make(PLAIN)(inputs[0])
-        found = take_turns(make, tuple(ways), inputs, arguments.repeats)
+        found = take_turns(make, tuple(ways), texts.inputs, arguments.repeats)
     rows = rows_of(found, subject.costs.plain)
-    fixed = [row for row in rows if row["way"] not in (AUTO, AGAIN)]
+    fixed = [row for row in rows if row["way"] not in (AUTO, NEW, AGAIN)]
     best = max(fixed, key=lambda row: row["speedup"])
-    auto = next(row for row in rows if row["way"] == AUTO)
     show(bundle, rows, str(best["way"]))
     return {
         "format": bundle.manifest.format,
         "quantization": bundle.manifest.quantization.scheme,
         "best_fixed": best["way"],
-        "auto_over_best_fixed": auto["speedup"] / best["speedup"],
+        "over_best_fixed": {
+            row["way"]: row["speedup"] / best["speedup"] for row in rows if row["way"] in (AUTO, NEW)
+        },
+        "learned": {name: asdict(record) for name, record in learned.items()},
         "rows": rows,
     }
+
+
+def learn(subject: Subject, texts: Sequence[Texts]) -> dict[str, Record]:
+    """What `auto` knows after these texts."""
+    policy = new_policy(AUTO, subject, None, _OPEN)
+    for some in texts:
+        runner = some.runner(subject, policy)
+        for given in some.inputs:
+            runner(given)
+    if not isinstance(policy, AutoPolicy):
+        raise AssertionError("auto is an AutoPolicy")
+    return policy.record
 
 
 def rows_of(found: Sequence[Series], plain_cost: float) -> list[dict[str, object]]:
@@ -120,7 +165,7 @@ def show(bundle: Bundle, rows: Sequence[dict[str, object]], best: str) -> None:
     for name in ("way", "tok/s", "speed-up", "least", "tokens/round"):
         table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
     for place, row in enumerate(ranked):
-        if place < 6 or row["way"] in (PLAIN, AGAIN, AUTO):
+        if place < 6 or row["way"] in (PLAIN, AGAIN, AUTO, NEW):
             figures = ("tokens_per_second", "speedup", "min_speedup", "tokens_per_round")
             table.add_row(str(row["way"]), *(f"{row[figure]:.2f}" for figure in figures))
     Console(width=100).print(table)
@@ -146,7 +191,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--bundles", type=Path, nargs="+", help="default: the shipped model on both engines")
     parser.add_argument("--prompts", type=Path, default=ROOT / "samples" / "prompts" / "mixed.jsonl")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
+    warm_up = [ROOT / "samples" / "prompts" / name for name in ("code.jsonl", "random.jsonl")]
+    parser.add_argument(
+        "--warm-up", type=Path, nargs="*", default=warm_up, help="texts that auto has learned from"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="where a line does not say")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: as the engine chooses")
     default = ROOT / "docs" / "benchmarks" / "auto-against-fixed.json"

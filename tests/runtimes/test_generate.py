@@ -260,7 +260,7 @@ def test_what_a_policy_allows_a_round_is_what_its_drafter_is_told() -> None:
             return super().propose(request)
 
     class Allowing(FixedPolicy):
-        def next(self) -> Choice:
+        def next(self, remaining: int) -> Choice:
             return Choice(self.drafter, 0.25 * (len(asked) + 1))
 
     policy, costs = Allowing(Listening(24)), toy_costs(ENGINE)

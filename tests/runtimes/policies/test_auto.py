@@ -20,6 +20,7 @@ from tests.runtimes.drafters_zoo import auto_policy
 from tests.runtimes.toy_engine import FloatArray, ToyCache, ToyEngine, toy_costs
 
 TOKENS = 300
+LONG = 300  # tokens still to come
 
 
 class Clock:
@@ -151,7 +152,7 @@ def test_an_arm_that_turns_bad_sleeps_and_is_tried_again_ever_more_seldom() -> N
     def play(rounds: int, tokens_when_drafting: int) -> list[bool]:
         drafted = []
         for _ in range(rounds):
-            drafter = policy.next().drafter
+            drafter = policy.next(LONG).drafter
             fresh = 1 if drafter is None else tokens_when_drafting
             seconds = costs.plain * (1.0 if drafter is None else 1.6)
             context.extend([5] * fresh)
@@ -289,7 +290,7 @@ class Rounds:
 
     def play(self, tokens: int, seconds: float, plain_seconds: float = 1.0) -> Choice:
         """One round: what it yields if it drafts, and how long it takes; times in plain tokens."""
-        choice = self.policy.next()
+        choice = self.policy.next(LONG)
         fresh, took = (1, plain_seconds) if choice.drafter is None else (tokens, seconds)
         self.context += [5] * fresh
         seen = Observation(list(self.context), fresh, TokenTree(), (), [5], self._logits)
@@ -298,7 +299,7 @@ class Rounds:
 
     def next_name(self) -> str:
         """Of the drafter that the next round takes, "" for plain decoding; asking changes nothing."""
-        drafter = self.policy.next().drafter
+        drafter = self.policy.next(LONG).drafter
         return "" if drafter is None else drafter.name
 
     def plain_rounds_until_a_draft(self, most: int) -> int:
@@ -310,13 +311,29 @@ def test_a_round_may_lose_the_credit_and_the_stake_and_more_once_the_arm_is_trus
     rounds = Rounds()
     assert rounds.plain_rounds_until_a_draft(10) == 3
     rounds.begin()
-    earned = rounds.policy.next().allowance / rounds.second
+    earned = rounds.policy.next(LONG).allowance / rounds.second
     assert earned == pytest.approx(1.0 + 1.5)
     for _ in range(20):
         rounds.begin()
         assert all(rounds.play(2, 1.4).drafter is not None for _ in range(8))
     rounds.begin()
-    assert rounds.policy.next().allowance / rounds.second == pytest.approx(1.0 + 20 + 1.5)
+    assert rounds.policy.next(LONG).allowance / rounds.second == pytest.approx(1.0 + 20 + 1.5)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(("length", "lent"), [(12, 0.0), (16, 0.0), (36, 0.25), (96, 1.0)])
+def test_a_generation_too_short_to_make_up_for_a_loss_risks_less(length: int, lent: float) -> None:
+    rounds = Rounds()
+    for _ in range(20):
+        rounds.begin()
+        for _ in range(8):
+            rounds.play(2, 1.4)
+    rounds.begin()
+    choice = rounds.policy.next(length)
+    assert (choice.drafter is not None) == (lent > 0)
+    if lent:
+        assert choice.allowance / rounds.second == pytest.approx(lent * (1.0 + 20 + 1.5))
+        assert rounds.policy.next(2).allowance == choice.allowance  # towards its end as at its start
 
 
 @pytest.mark.usefixtures("clock")
@@ -394,4 +411,4 @@ def test_a_round_interrupted_from_outside_is_not_the_drafters_fault() -> None:
     rounds = Rounds()
     for _ in range(3):
         rounds.play(3, 1.0, plain_seconds=1_000.0)
-    assert rounds.policy.next().allowance < 10 * rounds.second
+    assert rounds.policy.next(LONG).allowance < 10 * rounds.second
