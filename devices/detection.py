@@ -127,10 +127,15 @@ def _detect_qnn(support: FormatSupport) -> Availability:
     return Availability(True, f"onnxruntime-qnn {version}, {support.backend}{emulated}")
 
 
+def _detect_coreml(_support: FormatSupport) -> Availability:
+    return Availability(False, "packages are made for apps; Skipstone has no engine that runs them")
+
+
 _DETECTORS = {
     "llamacpp": _detect_llamacpp,
     "executorch": _detect_executorch,
     "onnxruntime": _detect_onnxruntime,
+    "coreml": _detect_coreml,
 }
 
 

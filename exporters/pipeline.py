@@ -27,7 +27,7 @@ from skipstone.bundle import (
     open_bundle,
     write_manifest,
 )
-from skipstone.errors import UsageError
+from skipstone.errors import ExportError, UsageError
 from skipstone.exporters import lexicon
 from skipstone.exporters.formats import Artefacts, ExportOptions, Progress, Step, exporter_of
 from skipstone.exporters.quality import held_out_texts, measure_quality
@@ -167,6 +167,10 @@ class _Reporter:
 
 
 def _self_test(artefacts: Artefacts) -> SelfTest:
+    if artefacts.oracle is None:
+        raise ExportError(
+            f"{artefacts.engine}: its artefacts run here, but there is nothing to compare them with"
+        )
     return SelfTest(
         oracle=artefacts.oracle,
         reference=artefacts.reference,

@@ -36,7 +36,7 @@ class FormatSupport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    engine: Literal["llamacpp", "executorch", "onnxruntime"]
+    engine: Literal["llamacpp", "executorch", "onnxruntime", "coreml"]
     backend: str
     quantizations: tuple[str, ...] = Field(min_length=1)
     gpu_layers: int = Field(default=0, ge=-1)

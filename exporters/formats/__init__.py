@@ -103,7 +103,7 @@ class Artefacts:
     Attributes:
         manifest: makes the format's manifest from the keys that all formats share.
         files: names of every file of the bundle.
-        oracle: the uncut model in the same quantisation, for the self-test alone.
+        oracle: the uncut model in the same quantisation, for the self-test alone; None where there never is one.
         probe: what the self-test runs.
         reference: checkpoint folder to compare with; None where there is none.
         min_agreement: share of positions at which the best token must be the reference's.
@@ -120,7 +120,7 @@ class Artefacts:
     draft_table: str | None
     quantization: Quantization
     files: tuple[str, ...]
-    oracle: Oracle
+    oracle: Oracle | None
     probe: Probe
     reference: Path | None
     min_agreement: float
@@ -143,9 +143,10 @@ FORMATS = {
     "gguf": "skipstone.exporters.formats.gguf.exporter:export_gguf",
     "executorch": "skipstone.exporters.formats.executorch.exporter:export_executorch",
     "onnx": "skipstone.exporters.formats.onnx.exporter:export_onnx",
+    "coreml": "skipstone.exporters.formats.coreml.exporter:export_coreml",
 }
 
-_EXTRAS = {"gguf": "llamacpp", "executorch": "executorch", "onnx": "onnx"}
+_EXTRAS = {"gguf": "llamacpp", "executorch": "executorch", "onnx": "onnx", "coreml": "executorch,onnx"}
 
 
 def exporter_of(name: str) -> Exporter:

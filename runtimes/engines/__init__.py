@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from skipstone.bundle import Bundle
-from skipstone.errors import EngineError
+from skipstone.errors import DeviceError, EngineError
 from skipstone.runtimes.engines.base import Engine, Share
 
 
@@ -46,10 +46,19 @@ def _onnxruntime(bundle: Bundle, options: EngineOptions) -> Engine:
     return OnnxRuntimeEngine(bundle, options)
 
 
+def _absent(bundle: Bundle, _options: EngineOptions) -> Engine:
+    """For formats that apps on the device run, and nothing here."""
+    raise DeviceError(
+        f"{bundle.path}: made for {bundle.manifest.device}; no engine here runs format {bundle.manifest.format}",
+        hint="export the model with --device cpu to run it here",
+    )
+
+
 ENGINES: dict[str, Callable[[Bundle, EngineOptions], Engine]] = {
     "gguf": _llamacpp,
     "executorch": _executorch,
     "onnx": _onnxruntime,
+    "coreml": _absent,
 }
 
 

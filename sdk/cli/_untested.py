@@ -13,10 +13,12 @@ def untested(manifest: Manifest) -> list[str]:
         return [f"made for {manifest.graphs.target}, not run: {_MISSING}"]
     if isinstance(manifest, CoreMlManifest):
         package = manifest.package
+        apart = sum(function.weight_bytes for function in package.functions)
         return [
             f"compiled for {package.target}, not run: {_MISSING}",
-            f"checked: {len(package.functions)} functions share {package.stored_bytes / 1e6:.1f} MB of weights; "
-            f"computed in float16, the best token is the checkpoint's at {package.agreement:.0%} of positions",
+            f"checked: {len(package.functions)} functions share {package.stored_bytes / 1e6:.1f} MB of weights, apart "
+            f"they would hold {apart / 1e6:.1f}; computed in "
+            f"float16, the best token is the checkpoint's at {package.agreement:.0%} of positions",
         ]
     if not isinstance(manifest, ExecuTorchManifest):
         return ["not run where it was exported: no self-test"]

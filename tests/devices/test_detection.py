@@ -107,6 +107,9 @@ def test_a_device_of_another_system_is_not_here(monkeypatch: pytest.MonkeyPatch)
         assert here.reason.endswith("this is Linux")
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     assert detect(load_profile("apple-coreml"), "executorch").usable
+    package = detect(load_profile("apple-coreml"), "coreml")
+    assert not package.usable
+    assert "no engine" in package.reason
 
 
 def test_looking_for_devices_does_not_import_torch() -> None:

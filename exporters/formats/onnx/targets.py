@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +22,7 @@ from skipstone.exporters.formats.onnx.fusion import divide_by_roots
 from skipstone.exporters.formats.onnx.modules import MASKED
 from skipstone.exporters.formats.onnx.schemes import Scheme, quantize
 from skipstone.exporters.formats.onnx.socs import SOCS
+from skipstone.exporters.formats.widths import chosen_widths
 from skipstone.exporters.reading import Reading
 from skipstone.runtimes.engines.onnxruntime.targets import presence
 
@@ -137,9 +137,7 @@ def fitted(target: Target, widths: tuple[int, ...] | None, scheme: Scheme) -> Ta
                 hint="leave it out",
             )
         return target
-    wanted = target.widths if widths is None else widths
-    if not wanted or any(first >= second for first, second in pairwise((0, *wanted))):
-        raise UsageError(f"--widths {_listed(wanted)}: numbers of rows that rise were expected, say 1,4,8")
+    wanted = chosen_widths(widths, target.widths)
     least = scheme.least_width
     kept = tuple(width for width in wanted if width >= least)
     if not kept:
