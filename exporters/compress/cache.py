@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+from skipstone.bundle import hash_file
 from skipstone.exporters.compress.folder import RECORD_FILE
 from skipstone.exporters.compress.recipe import options_of
 from skipstone.exporters.compress.steps import Step
@@ -35,7 +36,8 @@ def step_keys(steps: Sequence[Step], **ingredients: object) -> list[str]:
     keys: list[str] = []
     key = _hash({**ingredients, "code": _code(), "versions": _versions()})
     for step in steps:
-        key = _hash({"after": key, "step": options_of(step)})
+        read = [hash_file(file) for file in step.reads]
+        key = _hash({"after": key, "step": options_of(step), "reads": read})
         keys.append(key)
     return keys
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skipstone.bundle import Compression, CompressionStep, ModelFacts, bundle_in_progress
+from skipstone.bundle import Compression, CompressionStep, bundle_in_progress
 from skipstone.errors import UsageError
 from skipstone.exporters.checkpoint import Checkpoint, load_eager
 from skipstone.exporters.compress import cache
@@ -30,19 +30,12 @@ from skipstone.exporters.compress.folder import (
     write_folder,
 )
 from skipstone.exporters.compress.recipe import options_of
-from skipstone.exporters.compress.shapes import open_source, shape_of
+from skipstone.exporters.compress.shapes import facts_of, open_source, shape_of
 from skipstone.exporters.compress.steps import Step, Target
 from skipstone.exporters.compress.texts import read_windows
 from skipstone.exporters.compress.work import Progress, Windows, Work, silent
 from skipstone.exporters.exits import recorded_encoder_exits, recorded_exits
-from skipstone.exporters.facts import (
-    DEFAULT_LENGTH,
-    checkpoint_facts,
-    encoder_facts,
-    hash_checkpoint,
-    load_tokenizer,
-    num_weights,
-)
+from skipstone.exporters.facts import hash_checkpoint, load_tokenizer
 
 CALIBRATION_TOKENS = 8192
 
@@ -121,7 +114,7 @@ def _prepare(
     """Read the input and refuse what cannot work, before anything is done."""
     checkpoint = open_source(source)
     check_steps(checkpoint, steps, target, has_text=calibration is not None)
-    tokenizer, facts = load_tokenizer(checkpoint), _facts(checkpoint)
+    tokenizer, facts = load_tokenizer(checkpoint), facts_of(checkpoint)
     text, measured = (
         None if file is None else read_windows(Path(file), flag, tokenizer, facts, calibration_tokens)
         for file, flag in ((calibration, "--calibration"), (held_out, "--held-out"))
@@ -225,11 +218,3 @@ def _as_left(work: Work, folder: Path, record: Compression) -> Work:
     return dataclasses.replace(
         work, exits=exits[0], encoder_exits=exits[1], kept=dict(record.kept), codes=read_codes(folder)
     )
-
-
-def _facts(checkpoint: Checkpoint) -> ModelFacts:
-    """What texts are read by."""
-    encoder = encoder_facts(checkpoint, None, None)
-    length = DEFAULT_LENGTH if encoder is not None else checkpoint.config.max_position_embeddings
-    tokenizer = load_tokenizer(checkpoint)
-    return checkpoint_facts(checkpoint, tokenizer, length, num_weights(checkpoint), encoder)

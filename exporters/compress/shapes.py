@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 
+from skipstone.bundle import ModelFacts
 from skipstone.errors import CheckpointError, UsageError
 from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
 from skipstone.exporters.compress.folder import read_codes
 from skipstone.exporters.compress.steps import Shape
+from skipstone.exporters.facts import (
+    DEFAULT_LENGTH,
+    checkpoint_facts,
+    encoder_facts,
+    load_tokenizer,
+    num_weights,
+)
 
 _DECODERS = (
     "LlamaForCausalLM",
@@ -72,3 +80,11 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
         period=config.no_rope_layer_interval if patterned else 1,
         quantized=quantized,
     )
+
+
+def facts_of(checkpoint: Checkpoint) -> ModelFacts:
+    """What texts for a checkpoint's model are read by."""
+    encoder = encoder_facts(checkpoint, None, None)
+    length = DEFAULT_LENGTH if encoder is not None else checkpoint.config.max_position_embeddings
+    tokenizer = load_tokenizer(checkpoint)
+    return checkpoint_facts(checkpoint, tokenizer, length, num_weights(checkpoint), encoder)

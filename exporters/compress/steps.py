@@ -11,6 +11,7 @@ import importlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 from skipstone.bundle.record import Record
@@ -26,6 +27,7 @@ Details: TypeAlias = Mapping[str, Any]
 STEPS = {
     "drop_layers": "skipstone.exporters.compress.depth:DropLayers",
     "quantize": "skipstone.exporters.compress.quantize.step:Quantize",
+    "recover": "skipstone.exporters.compress.recover.step:Recover",
     "search": "skipstone.exporters.compress.search.step:Search",
     "sparsify": "skipstone.exporters.compress.sparsify.step:Sparsify",
 }
@@ -94,6 +96,11 @@ class Step(Record):
     def needs_calibration(self) -> bool:
         """Whether `apply` reads the calibration text."""
         return False
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """Files that options name: what is kept of the step goes by their content too."""
+        return ()
 
     @abstractmethod
     def check(self, shape: Shape, target: Target) -> Shape:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class ExitLosses(NamedTuple):
     """Mean losses per token in nats, float32: of the last layer, and summed over the exits asked for.
 
-    `alignment` is an encoder-decoder's, weighted (see `alignment`).
+    `alignment` is weighted: an encoder-decoder's (see `alignment`), or that of hidden states with a teacher's (see
+    `distillation`).
     """
 
     final: Tensor

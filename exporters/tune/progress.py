@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from skipstone.exporters.tune.task import Task
+    from skipstone.exporters.tune.task import Trainee
     from skipstone.exporters.tune.trainer import LayerSkipTrainer
 
 
@@ -77,6 +77,6 @@ class ShowProgress(TrainerCallback):
         return tokens / max(1e-9, 60 * (self._last[1] - minutes))
 
 
-def tokens_per_step(task: Task, processes: int) -> float:
+def tokens_per_step(task: Trainee, processes: int) -> float:
     """Predicted tokens in one optimizer step over all processes, on average."""
     return task.tokens_per_step * processes

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from skipstone.exporters.tune.card import Description
     from skipstone.exporters.tune.data import PackageShare, Source
+    from skipstone.exporters.tune.distillation import DistillationNet
     from skipstone.exporters.tune.evaluate import ExitReport
     from skipstone.exporters.tune.evaluate_seq2seq import CorrectionReport
     from skipstone.exporters.tune.objective import LayerSkipNet
@@ -52,23 +53,20 @@ class Evaluation:
     correction: CorrectionReport | None = None
 
 
-class Task(Protocol):
-    """A model, its corpus, and how both are measured and described.
+class Trainee(Protocol):
+    """What the trainer needs: a model and examples.
 
     Attributes:
         net: called with a batch of `train` and `exits` and `distil`, returning `ExitLosses`; `net.model` is the
             checkpoint's own model.
         tokenizer: written beside the weights.
-        train: the training part of the corpus, as single examples or as whole batches.
+        train: single examples or whole batches.
         batches: whether an item of `train` is a whole batch.
-        num_layers: layers of the stack that has the exits.
         tokens_per_step: target tokens that a process predicts in one step, on average.
-        corpus_tokens: target tokens of the training part.
-        shares: what each package contributes to the corpus.
     """
 
     @property
-    def net(self) -> LayerSkipNet | Seq2SeqNet: ...
+    def net(self) -> LayerSkipNet | Seq2SeqNet | DistillationNet: ...
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast: ...
     @property
@@ -76,9 +74,22 @@ class Task(Protocol):
     @property
     def batches(self) -> bool: ...
     @property
-    def num_layers(self) -> int: ...
-    @property
     def tokens_per_step(self) -> float: ...
+
+
+class Task(Trainee, Protocol):
+    """A model, its corpus, and how both are measured and described; `train` is the corpus' training part.
+
+    Attributes:
+        num_layers: layers of the stack that has the exits.
+        corpus_tokens: target tokens of the training part.
+        shares: what each package contributes to the corpus.
+    """
+
+    @property
+    def net(self) -> LayerSkipNet | Seq2SeqNet: ...
+    @property
+    def num_layers(self) -> int: ...
     @property
     def corpus_tokens(self) -> int: ...
     @property

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from skipstone.exporters.tune.objective import ExitLosses
     from skipstone.exporters.tune.recipe import Recipe
-    from skipstone.exporters.tune.task import Task
+    from skipstone.exporters.tune.task import Trainee
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -56,7 +56,7 @@ class LayerSkipTrainer(Trainer):
 
     def __init__(
         self,
-        task: Task,
+        task: Trainee,
         recipe: Recipe,
         rotation: tuple[tuple[int, ...], ...],
         clock: Clock,
@@ -103,10 +103,10 @@ class LayerSkipTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """The last layer's loss plus the weighted mean of this step's exits, and what heads are shown of alignments."""
+        """The last layer's loss plus the weighted mean of this step's exits, and what is to be aligned."""
         turn = exit_turn(self.recipe.layerskip, self.rotation, self.state.global_step, self.progress)
         losses = cast("ExitLosses", model(**inputs, exits=turn.exits, distil=turn.distil))
-        exits = losses.exits / len(turn.exits)
+        exits = losses.exits / max(1, len(turn.exits))
         self._sums += torch.stack((losses.final.detach(), exits.detach(), torch.ones(()))).cpu()
         return losses.final + turn.weight * exits + losses.alignment
 
@@ -197,11 +197,20 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def training_arguments(
-    recipe: Recipe, output: Path, *, max_steps: int | None, log_steps: int = 20, cpu: bool = False
+    recipe: Recipe,
+    output: Path,
+    *,
+    max_steps: int | None,
+    log_steps: int = 20,
+    cpu: bool = False,
+    whole_batches: bool | None = None,
 ) -> TrainingArguments:
-    """Trainer's arguments for a recipe. Without `max_steps` the run is ended by the clock alone."""
+    """Trainer's arguments for a recipe. Without `max_steps` the run is ended by the clock alone.
+
+    `whole_batches`: whether an example is a batch; None: for encoder-decoders.
+    """
     training = recipe.training
-    batches = recipe.task == "seq2seq"  # an example is a whole batch
+    batches = recipe.task == "seq2seq" if whole_batches is None else whole_batches
     return TrainingArguments(
         output_dir=str(output),
         max_steps=max_steps or 1_000_000_000,
