@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=12, help="prompts to use")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3, help="of what is measured; a trace is one pass")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="default: as the engine chooses")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks" / "simulated-speed.json")
     return parser.parse_args()
 
@@ -93,7 +93,7 @@ def bench(bundle: Path, chosen: argparse.Namespace, *more: str) -> None:
         "--threads": chosen.threads,
         "--context-length": CONTEXT,
     }
-    given = [str(part) for pair in flags.items() for part in pair]
+    given = [str(part) for pair in flags.items() if pair[1] is not None for part in pair]
     command = [sys.executable, "-m", "skipstone", "bench", str(bundle), *given, "--no-memory"]
     command += ["--follow-costs", *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
