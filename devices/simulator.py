@@ -61,6 +61,11 @@ class Device:
         known = [self.curve] if self.draft_curve is None else [self.curve, self.draft_curve]
         return [(CostModel(each.curve, each.exits), (0, *each.exits)) for each in known]
 
+    @property
+    def widest(self) -> int:
+        """Rows of the widest batch that is known of."""
+        return self.widths[-1] if self.widths else max(self.curve.curve.widths)
+
     def seconds(self, model: int, part: int, width: int) -> float:
         """Of one call.
 
@@ -102,11 +107,17 @@ class Host:
     fits: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
     def seconds(self, strategy: str, drafter: str, drafted: int) -> float:
-        """Of one round; a pair that was never seen costs as much as the cheapest one that was."""
+        """Of one round; a pair that was never seen costs as much as the cheapest one of the strategy, or of any."""
         if self.stated is not None:
             return self.stated
-        base, slope = self.fits.get((strategy, drafter)) or min(self.fits.values(), default=(0.0, 0.0))
+        base, slope = self.fits.get((strategy, drafter)) or self._like(strategy, drafter)
         return base + slope * drafted
+
+    def _like(self, strategy: str, drafter: str) -> tuple[float, float]:
+        """What a pair that was never seen is taken for; a round that drafts, for one that drafts if any was seen."""
+        seen = [(name, fit) for (name, stage), fit in self.fits.items() if stage or not drafter]
+        seen = [each for each in seen if each[0] == strategy] or seen
+        return min((fit for _, fit in seen), default=min(self.fits.values(), default=(0.0, 0.0)))
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,19 @@ import typer
 from skipstone.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from skipstone.benchmark.prediction import Comparison
+    from skipstone.cli._predictions import Sheet
     from skipstone.devices.curves import MeasuredCurve
-    from skipstone.devices.simulator import Host, Prediction
+    from skipstone.devices.simulator import Device, Host
     from skipstone.devices.traces import Trace
 
 
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="A trace, from bench --trace.")],
+    trace: Annotated[
+        list[Path], typer.Argument(help="A trace, from bench --trace; with --search also several.")
+    ],
+    search: Annotated[
+        bool, typer.Option("--search", help="Search the fastest way to decode, trees of every exit included.")
+    ] = False,
     curve: Annotated[
         Path | None,
         typer.Option(help="The device's costs, from bench --curve-only.", show_default="the trace's own"),
@@ -46,45 +49,93 @@ def simulate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Replay a trace on a device that need not be here: tokens per second of what was recorded, and of shorter plans."""
+    """Replay a trace on a device that need not be here: tokens per second of what was recorded, and of other plans."""
     from dataclasses import replace
 
     from rich.console import Console
 
-    from skipstone.benchmark.prediction import compare, predict, read_report
+    from skipstone.cli import _predictions as sheets
+    from skipstone.devices import planner
     from skipstone.devices.simulator import Device, measure_host
     from skipstone.devices.traces import read_trace
 
-    recorded = read_trace(trace)
-    host = replace(measure_host(recorded), stated=None if host_ms is None else host_ms / 1e3)
-    drafts = _draft_curve(recorded, draft_curve, elsewhere=curve is not None or bool(against))
+    _check_flags(trace, search, against, (curve, widths), (strategies, lengths, rows))
+    recorded = [read_trace(path) for path in trace]
+    stated = None if host_ms is None else host_ms / 1e3
+    hosts = [replace(measure_host(each), stated=stated) for each in recorded]
+    first, host = recorded[0], hosts[0]
+    drafts = _draft_curve(first, draft_curve, elsewhere=curve is not None or bool(against))
     if against:
-        if any(flag is not None for flag in (curve, widths, strategies, lengths, rows)):
-            raise UsageError(
-                "--against predicts what a report's device was measured with",
-                hint="leave --curve, --widths, --strategies, --lengths and --rows out",
-            )
-        reports = [read_report(path) for path in against]
-        found = [each for report in reports for each in compare(recorded, report, host, drafts)]
-        if json:
-            typer.echo(json_.dumps(_compared(recorded, host, found), indent=2))
-        else:
-            Console().print(_comparison(recorded, host, found))
-        return
-    device = Device(_curve(recorded, curve), drafts, parse_widths(widths))
-    names = () if strategies is None else tuple(filter(None, map(str.strip, strategies.split(","))))
-    predictions = predict(
-        recorded,
-        device,
-        host,
-        strategies=names,
-        lengths=parse_numbers(lengths, "--lengths"),
-        rows=parse_numbers(rows, "--rows"),
-    )
-    if json:
-        typer.echo(json_.dumps(_predicted(recorded, host, predictions), indent=2))
+        sheet = _compare(first, host, against, drafts)
     else:
-        Console().print(_prediction(recorded, host, predictions))
+        device = Device(_curve(first, curve), drafts, parse_widths(widths))
+        if search:
+            sheet = sheets.searched(planner.search(recorded, device, hosts))
+        else:
+            sheet = _predict(first, host, device, strategies, lengths, rows)
+    if json:
+        typer.echo(json_.dumps(sheets.as_json(first, host, sheet), indent=2))
+    else:
+        Console().print(sheets.as_table(first, host, sheet))
+        for line in sheet.notes:
+            typer.echo(line)
+
+
+def _check_flags(
+    traces: list[Path],
+    search: bool,
+    against: list[Path] | None,
+    device: tuple[object, ...],
+    plans: tuple[object, ...],
+) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        UsageError: naming them.
+    """
+    if len(traces) > 1 and not search:
+        raise UsageError(
+            f"{len(traces)} traces: expected one", hint="several of them go with --search; replay one by one"
+        )
+    if search and (against or any(flag is not None for flag in plans)):
+        raise UsageError(
+            "--search looks at all plans by itself",
+            hint="leave --strategies, --lengths, --rows and --against out",
+        )
+    if against and any(flag is not None for flag in (*device, *plans)):
+        raise UsageError(
+            "--against predicts what a report's device was measured with",
+            hint="leave --curve, --widths, --strategies, --lengths and --rows out",
+        )
+
+
+def _compare(trace: Trace, host: Host, reports: list[Path], drafts: MeasuredCurve | None) -> Sheet:
+    """Every report's device, as predicted and as measured."""
+    from skipstone.benchmark.prediction import compare, read_report
+    from skipstone.cli._predictions import compared
+
+    known = [read_report(path) for path in reports]
+    return compared([each for report in known for each in compare(trace, report, host, drafts)])
+
+
+def _predict(
+    trace: Trace, host: Host, device: Device, strategies: str | None, lengths: str | None, rows: str | None
+) -> Sheet:
+    """The recorded strategies, whole and cut as the user says."""
+    from skipstone.benchmark.prediction import predict
+    from skipstone.cli._predictions import predicted
+
+    names = () if strategies is None else tuple(filter(None, map(str.strip, strategies.split(","))))
+    return predicted(
+        predict(
+            trace,
+            device,
+            host,
+            strategies=names,
+            lengths=parse_numbers(lengths, "--lengths"),
+            rows=parse_numbers(rows, "--rows"),
+        )
+    )
 
 
 def parse_numbers(text: str | None, flag: str) -> tuple[int, ...]:
@@ -140,106 +191,3 @@ def _draft_curve(trace: Trace, path: Path | None, *, elsewhere: bool) -> Measure
     found = read_curve(path, "--draft-curve")
     check_exits(found, own.curve.exits, path, "--draft-curve")
     return found
-
-
-def _predicted(trace: Trace, host: Host, found: list[Prediction]) -> dict[str, object]:
-    plain = found[0].tokens_per_second
-    rows = [
-        {
-            "plan": each.plan.label,
-            "strategy": each.plan.strategy,
-            "length": each.plan.cut.length,
-            "rows": each.plan.cut.rows,
-            "tokens_per_second": each.tokens_per_second,
-            "speedup": each.tokens_per_second / plain,
-            "tokens_per_round": each.tokens_per_round,
-            "rounds": each.rounds,
-            "device_seconds": each.device_seconds,
-            "host_seconds": each.host_seconds,
-        }
-        for each in found
-    ]
-    return _about(trace, host) | {"predictions": rows}
-
-
-def _compared(trace: Trace, host: Host, found: list[Comparison]) -> dict[str, object]:
-    rows = [
-        {
-            "device": each.device,
-            "strategy": each.strategy,
-            "predicted": each.predicted,
-            "measured": each.measured,
-            "error": each.error,
-        }
-        for each in found
-    ]
-    return _about(trace, host) | {"comparisons": rows}
-
-
-def _about(trace: Trace, host: Host) -> dict[str, object]:
-    header = trace.header
-    return {
-        "model": header.model,
-        "quantization": header.quantization,
-        "recorded_on": header.curve.key.model_dump(mode="json"),
-        "stretch": host.stretch,
-        "stretches": dict(host.stretches),
-        "host_seconds_per_round": host.stated,
-    }
-
-
-def _prediction(trace: Trace, host: Host, found: list[Prediction]) -> Table:
-    table = _table(
-        trace, host, "plan", ("tok/s", "speed", "tokens/round", "device ms/round", "host ms/round")
-    )
-    plain = found[0].tokens_per_second
-    best = max(each.tokens_per_second for each in found)
-    for each in found:
-        table.add_row(
-            each.plan.label,
-            f"{each.tokens_per_second:.1f}",
-            f"{each.tokens_per_second / plain:.2f}×",
-            f"{each.tokens_per_round:.2f}",
-            f"{each.device_seconds / each.rounds * 1e3:.3f}",
-            f"{each.host_seconds / each.rounds * 1e3:.3f}",
-            style="bold" if each.tokens_per_second == best else "",
-        )
-    return table
-
-
-def _comparison(trace: Trace, host: Host, found: list[Comparison]) -> Table:
-    table = _table(trace, host, "device, strategy", ("predicted tok/s", "measured tok/s", "error"))
-    for each in found:
-        table.add_row(
-            f"{each.device}, {each.strategy}",
-            f"{each.predicted:.1f}",
-            f"{each.measured:.1f}",
-            f"{each.error:+.1%}",
-        )
-    if found:
-        within = sum(1 for each in found if abs(each.error) <= 0.1)
-        table.caption = f"{within} of {len(found)} within 10 %"
-    return table
-
-
-def _table(trace: Trace, host: Host, first: str, columns: tuple[str, ...]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    header = trace.header
-    time = "as recorded" if host.stated is None else f"{host.stated * 1e3:g} ms per round"
-    table = Table(
-        title=escape(
-            f"{header.model} {header.quantization}, recorded on {header.curve.key.processor} with "
-            f"{header.curve.key.library}; host's time {time}, calls {host.stretch:.2f} × the curve"
-        ),
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column(first, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right")
-    return table

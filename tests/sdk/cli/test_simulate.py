@@ -10,6 +10,7 @@ import pytest
 
 from skipstone import cli
 from skipstone.devices.traces import trace_lines
+from skipstone.runtimes.shapes import TreeShape
 from tests.devices.timed import DRAFT_DEVICE, Bench, bench, curve_of, trace_of
 
 __all__ = ["bench"]
@@ -142,9 +143,53 @@ def test_predictions_stand_beside_what_a_report_measured(
     assert "a-phone, staged" in out
 
 
+def test_the_search_prints_the_best_plans_and_the_flags_that_run_the_first(
+    trace: Path, phone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = read(capsys, trace, "--search", "--curve", phone)["plans"]
+    rates = [each["tokens_per_second"] for each in plans]
+    plain = next(each for each in plans if each["plan"] == "plain")
+    assert plain["flags"] == ["--strategy", "plain"]
+    assert all(
+        each["speedup"] == pytest.approx(each["tokens_per_second"] / rates[plans.index(plain)])
+        for each in plans
+    )
+    tree = next(each for each in plans if "drafts a tree" in each["plan"])
+    assert tree["flags"][:3] == ["--strategy", "layerskip", "--assistant-early-exit"]
+    assert len(TreeShape.parse(tree["flags"][-1])) > 1
+    staged = next(each for each in plans if each["plan"] == "staged, exit 2, length ≤ 2")
+    assert staged["flags"][2:] == ["--assistant-early-exit", "2", "--num-assistant-tokens", "2"]
+    status, out, _ = run(capsys, trace, "--search", "--curve", phone)
+    words = " ".join(out.split())
+    assert status == 0
+    assert f"run it: skipstone generate DIR {' '.join(plans[0]['flags'])}" in words
+    assert plans[9]["plan"] in words
+    assert plans[-1]["plan"] not in words, "the best ones only"
+
+
+def test_where_plain_decoding_wins_the_search_says_why(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steep = tmp_path / "steep.json"
+    steep.write_text(curve_of(1e-3, 1.5e-3, 0.6).model_dump_json())
+    best, second, *_ = read(capsys, trace, trace, "--search", "--curve", steep)["plans"]
+    assert best["plan"] == "plain"
+    _, out, _ = run(capsys, trace, "--search", "--curve", steep)
+    words = " ".join(out.split())
+    price = second["tokens_per_round"] / second["speedup"]
+    assert price > second["tokens_per_round"]
+    assert (
+        f"plain decoding wins: a round of the best drafts ({second['plan']}) gives "
+        f"{second['tokens_per_round']:.2f} tokens and costs as much as {price:.2f}"
+    ) in words
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (("--search", "--lengths", "2"), ("--search", "--lengths")),
+        (("--search", "--against", "{report}"), ("--search", "--against")),
+        (("{trace}",), ("2 traces", "--search")),
         (("--widths", "8,4"), ("--widths 8,4", "rising")),
         (("--widths", "0,4"), ("--widths 0,4", "rising")),
         (("--lengths", "two"), ("--lengths two", "whole numbers")),
