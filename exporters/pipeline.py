@@ -29,6 +29,7 @@ from skipstone.bundle import (
 )
 from skipstone.errors import ExportError, UsageError
 from skipstone.exporters import lexicon
+from skipstone.exporters.compress.record import read_record
 from skipstone.exporters.formats import Artefacts, ExportOptions, Progress, Step, exporter_of
 from skipstone.exporters.quality import held_out_texts, measure_quality
 from skipstone.exporters.selftest import SelfTest, run_self_test
@@ -191,6 +192,7 @@ def _manifest(source: str, device: str, artefacts: Artefacts, folder: Path) -> M
         draft_table=artefacts.draft_table,
         lexicon=words,
         quantization=artefacts.quantization,
+        compression=None if artefacts.reference is None else read_record(artefacts.reference),
         parity=_UNTESTED if artefacts.runs_here else None,
         files=tuple(describe_file(folder, name) for name in files),
         provenance=Provenance(

@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 
 from skipstone.bundle import hash_file
-from skipstone.exporters.compress.folder import RECORD_FILE
 from skipstone.exporters.compress.recipe import options_of
+from skipstone.exporters.compress.record import RECORD_FILE
 from skipstone.exporters.compress.steps import Step
 from skipstone.runtimes.user_cache import cache_folder
 

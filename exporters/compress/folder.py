@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from skipstone.bundle import Compression, ModelSize
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import quiet_loading
+from skipstone.exporters.compress.record import write_record
 from skipstone.exporters.compress.work import Codes, Work
 from skipstone.exporters.exits import CONFIG_KEY, ENCODER_CONFIG_KEY, EXITS_FILE
 
-RECORD_FILE = "compression.json"
 QUANTIZATION_FILE, CODES_FILE = "quantization.json", "codes.safetensors"
 _CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -51,28 +50,6 @@ def write_folder(model: Any, work: Work, record: Compression, folder: Path) -> N
     if work.codes:
         _write_codes(work.codes, folder)
     write_record(record, folder)
-
-
-def write_record(record: Compression, folder: Path) -> None:
-    """Write compression.json."""
-    (folder / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def read_record(folder: Path) -> Compression | None:
-    """What was done to the checkpoint in a folder; None where it has no record.
-
-    Raises:
-        CheckpointError: compression.json is something else.
-    """
-    file = folder / RECORD_FILE
-    if not file.is_file():
-        return None
-    try:
-        return Compression.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(
-            f"{file}: not a record of compression: {error}", hint="remove the file, or compress again"
-        ) from error
 
 
 def read_codes(folder: Path) -> dict[str, Codes]:

@@ -22,14 +22,9 @@ from skipstone.errors import UsageError
 from skipstone.exporters.checkpoint import Checkpoint, load_eager
 from skipstone.exporters.compress import cache
 from skipstone.exporters.compress.fidelity import measure_fidelity
-from skipstone.exporters.compress.folder import (
-    RECORD_FILE,
-    measure_size,
-    read_codes,
-    read_record,
-    write_folder,
-)
+from skipstone.exporters.compress.folder import measure_size, read_codes, write_folder
 from skipstone.exporters.compress.recipe import options_of
+from skipstone.exporters.compress.record import RECORD_FILE, read_record
 from skipstone.exporters.compress.shapes import facts_of, open_source, shape_of
 from skipstone.exporters.compress.steps import Step, Target
 from skipstone.exporters.compress.texts import read_windows

@@ -26,6 +26,8 @@ Details: TypeAlias = Mapping[str, Any]
 
 STEPS = {
     "drop_layers": "skipstone.exporters.compress.depth:DropLayers",
+    "prune_heads": "skipstone.exporters.compress.width:PruneHeads",
+    "prune_width": "skipstone.exporters.compress.width:PruneWidth",
     "quantize": "skipstone.exporters.compress.quantize.step:Quantize",
     "recover": "skipstone.exporters.compress.recover.step:Recover",
     "search": "skipstone.exporters.compress.search.step:Search",

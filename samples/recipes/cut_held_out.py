@@ -1,8 +1,10 @@
-r"""Cut code prompts and text from the held-out files of a recipe's corpus.
+r"""Cut code prompts and text from the held-out files of a recipe's corpus, or text to learn from out of the others.
 
     python samples/recipes/cut_held_out.py prompts samples/recipes/coder.toml samples/models/coder \
         samples/prompts/code.jsonl
     python samples/recipes/cut_held_out.py text samples/recipes/coder.toml samples/prompts/held_out.jsonl
+    python samples/recipes/cut_held_out.py text samples/recipes/coder.toml samples/calibration/code.jsonl \
+        --training --count 48
 
 A prompt is the beginning of a function: up to the end of its docstring, or up to a line in the middle of its
 body. None shares a run of 24 tokens with a training file, neither in the prompt nor in the 96 tokens that
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -140,11 +143,18 @@ def prompts(recipe: str, model: Path, output: Path, count: int = 24) -> None:
 
 
 @app.command()
-def text(recipe: str, output: Path, count: int = 24) -> None:
+def text(
+    recipe: str,
+    output: Path,
+    count: int = 24,
+    training: Annotated[
+        bool, typer.Option("--training", help="From training files, not held-out ones.")
+    ] = False,
+) -> None:
     """Cut COUNT texts, one per package in turn: lines of text and source."""
     groups: dict[str, list[Source]] = {}
     for source in sorted(collect(load_recipe(recipe).corpus), key=lambda s: s.digest):
-        if source.held_out and len(source.text) > 6_000:
+        if source.held_out != training and len(source.text) > 6_000:
             groups.setdefault(source.package, []).append(source)
     turns = [source for turn in zip_longest(*groups.values()) for source in turn if source is not None]
     records = [{"text": excerpt(s), "source": f"{s.package}: {s.path}"} for s in turns[:count]]

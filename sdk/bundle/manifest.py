@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from skipstone.bundle.calibration import Calibration
+from skipstone.bundle.compression import Compression
 from skipstone.bundle.coreml import PackageEntry
 from skipstone.bundle.graphs import GraphsEntry
 from skipstone.bundle.record import Record
@@ -239,7 +240,7 @@ class ManifestBase(Record):
     """What the manifests of all formats hold, schema version 1.
 
     `parity` is None only where the artefact could not be run on the machine that exported it; `calibrations` come later,
-    at most one of each knob.
+    at most one of each knob. `compression`: what the checkpoint had gone through, None where there is no record of it.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -252,6 +253,7 @@ class ManifestBase(Record):
     quantization: Quantization
     parity: Parity | None
     quality: Quality | None = None
+    compression: Compression | None = None
     cost: CostCurve | None = None
     calibrations: tuple[Calibration, ...] = ()
     files: tuple[FileEntry, ...]

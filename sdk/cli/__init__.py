@@ -16,6 +16,7 @@ import typer
 
 from skipstone.cli.bench import bench
 from skipstone.cli.calibrate import calibrate
+from skipstone.cli.compress import compress
 from skipstone.cli.devices import devices
 from skipstone.cli.export import export
 from skipstone.cli.generate import generate
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (export, generate, bench, simulate, calibrate, inspect, tune, devices):
+for _command in (export, generate, bench, simulate, calibrate, inspect, tune, compress, devices):
     app.command()(_command)
 
 

@@ -1,0 +1,34 @@
+"""What was done to a checkpoint, in a file beside its weights: compression.json. Without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from skipstone.bundle import Compression
+from skipstone.errors import CheckpointError
+
+RECORD_FILE = "compression.json"
+
+
+def write_record(record: Compression, folder: Path) -> None:
+    """Write compression.json."""
+    (folder / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> Compression | None:
+    """What was done to the checkpoint in a folder; None where it has no record.
+
+    Raises:
+        CheckpointError: compression.json is something else.
+    """
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        return None
+    try:
+        return Compression.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(
+            f"{file}: not a record of compression: {error}", hint="remove the file, or compress again"
+        ) from error
