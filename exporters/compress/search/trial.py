@@ -29,6 +29,7 @@ from skipstone.exporters.compress.search.levels import (
     level_file,
 )
 from skipstone.exporters.compress.work import Windows
+from skipstone.runtimes.quiet import quiet_libraries
 
 
 def divergence(folder: str, candidate: Candidate, samples: Sequence[int]) -> float:
@@ -68,7 +69,8 @@ class _Trial:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._bench = Bench.model_validate_json((folder / BENCH_FILE).read_bytes())
-        self._model = load_eager(folder / MODEL_FOLDER)
+        with quiet_libraries():  # in a new process transformers loads what quantisers it finds, and those write
+            self._model = load_eager(folder / MODEL_FOLDER)
         texts = load_file(folder / TEXTS_FILE)
         sources = tuple(
             texts[f"source-{index}"] for index in range(self._bench.samples) if "source-0" in texts

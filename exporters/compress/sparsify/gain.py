@@ -7,7 +7,8 @@ from skipstone.exporters.compress.sparsify.masks import Pattern
 _NONE = "no gain on this device"
 _REASONS = {
     "gguf": "llama.cpp stores and multiplies every weight, zeros too",
-    "executorch": "XNNPACK has sparse kernels for 1x1 convolutions in float32 alone, and a linear layer is none of them",
+    "executorch": "XNNPACK has sparse kernels for 1x1 convolutions in float16 and float32 alone, and a linear layer is "
+    "none of them",
     "onnx": "ONNX Runtime multiplies dense matrices; its one sparse product takes float32 in formats that nothing is "
     "exported to",
 }

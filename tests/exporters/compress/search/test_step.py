@@ -160,7 +160,9 @@ def test_an_encoder_decoder_is_stored_as_it_was_judged(tiny_t5: MakeTiny) -> Non
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_process_finds(tiny: MakeTiny) -> None:
+def test_two_processes_find_what_one_process_finds_and_write_nothing(
+    tiny: MakeTiny, capfd: pytest.CaptureFixture[str]
+) -> None:
     found = []
     for processes in (1, 2):
         work, model = work_for(tiny("llama")), load_eager(tiny("llama"))
@@ -170,6 +172,7 @@ def test_two_processes_find_what_one_process_finds(tiny: MakeTiny) -> None:
     (details, weights), (other_details, other_weights) = found
     assert other_details == details
     assert all(torch.equal(weight, other_weights[name]) for name, weight in weights.items())
+    assert "torchao" not in capfd.readouterr().err
 
 
 def test_a_cluster_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
