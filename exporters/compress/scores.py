@@ -9,6 +9,7 @@ A scorer is a function (see `Scorer`) and one line in `SCORERS`.
 - `magnitude`: the norm of all weights of the head or neuron.
 - `activation`: the energy that it adds to the residual stream on the calibration text, E ‖W x‖² over its own columns
   of the output matrix, with what the matrix is given before anything is taken out.
+- `optin`: what the later layers and the logits would notice if it were gone (`skipstone.exporters.compress.optin`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ Scorer = Callable[[nn.Module, "Work"], Scores]
 SCORERS = {
     "magnitude": "skipstone.exporters.compress.scores:magnitude",
     "activation": "skipstone.exporters.compress.scores:activation",
+    "optin": "skipstone.exporters.compress.optin:score",
 }
 WITHOUT_TEXT = ("magnitude",)
 
