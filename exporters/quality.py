@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from skipstone.bundle import EncoderFacts, ModelFacts, Quality, hash_file, open_bundle, read_manifest
+from skipstone.bundle import (
+    EncoderFacts,
+    ExecuTorchManifest,
+    Manifest,
+    ModelFacts,
+    Quality,
+    hash_file,
+    read_manifest,
+)
 from skipstone.errors import UsageError
+from skipstone.exporters.evaluation.measure import measure_folder
 from skipstone.exporters.facts import read_text
-from skipstone.exporters.isolation import num_threads, run_isolated
 from skipstone.exporters.probe import Probe
-from skipstone.exporters.reference import EagerReference
-from skipstone.runtimes.engines import EngineOptions, open_engine
-from skipstone.runtimes.engines.base import Engine
-from skipstone.runtimes.session import Session
-
-FloatArray = NDArray[np.float32]
 
 MAX_TOKENS = 8192
 _WINDOW = 512
@@ -86,17 +86,30 @@ def measure_quality(folder: Path, file: Path, checkpoint: Path | None) -> Qualit
         UsageError: a file that cannot be read or holds next to nothing, or not what this kind of model needs.
         ExportError: the engine crashed.
     """
+    manifest = read_manifest(folder)
     texts = held_out_texts(file)
-    check_kind(file, texts, encodes=read_manifest(folder).model.encoder is not None)
-    answer = run_isolated(
-        "skipstone.exporters.quality:measure",
-        folder=str(folder),
-        texts=[asdict(text) for text in texts],
-        checkpoint=None if checkpoint is None else str(checkpoint),
-    )
-    if not answer["tokens"]:
+    check_kind(file, texts, encodes=manifest.model.encoder is not None)
+    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
+    windows = list(probes(tokenizer, texts, manifest.model, longest_window(manifest), MAX_TOKENS))
+    if not windows:
         raise UsageError(f"--held-out {file}: no two tokens to predict in it", hint="pass a longer text")
-    return Quality(text_sha256=hash_file(file), **answer)
+    compared = None if checkpoint is None else manifest.exits
+    found = measure_folder(folder, manifest.exits, windows, checkpoint, compared or ())
+    return Quality(
+        text_sha256=hash_file(file),
+        tokens=found.tokens,
+        perplexity=found.perplexity,
+        reference_perplexity=found.dense_perplexity,
+        kl_divergence=found.kl_divergence,
+        agreement=found.agreement,
+        exits=found.exits,
+    )
+
+
+def longest_window(manifest: Manifest) -> int:
+    """Most tokens that a bundle is given at once: 512, or what its engine holds if that is less."""
+    padding = manifest.program.reference_width - 1 if isinstance(manifest, ExecuTorchManifest) else 0
+    return min(_WINDOW, manifest.model.context_length - padding)
 
 
 def check_kind(file: Path, texts: tuple[HeldOut, ...], *, encodes: bool, flag: str = "--held-out") -> None:
@@ -110,63 +123,6 @@ def check_kind(file: Path, texts: tuple[HeldOut, ...], *, encodes: bool, flag: s
             f"{flag} {file}: an encoder-decoder is measured on sources and targets, a decoder alone on texts",
             hint='write a .jsonl file of {"source": …, "target": …} or of {"text": …}',
         )
-
-
-@dataclass
-class _Sums:
-    """Sums over predicted tokens."""
-
-    tokens: int = 0
-    loss: float = 0.0
-    reference_loss: float = 0.0
-    divergence: float = 0.0
-    agreed: int = 0
-
-    def add(self, logits: FloatArray, reference: FloatArray | None, following: NDArray[np.int64]) -> None:
-        """Take in a window: logits [n, vocab_size], and the token that follows each [n]."""
-        places = np.arange(len(following))
-        found = _log_softmax(logits)
-        self.tokens += len(following)
-        self.loss -= float(found[places, following].sum())
-        if reference is not None:
-            expected = _log_softmax(reference)
-            self.reference_loss -= float(expected[places, following].sum())
-            self.divergence += float((np.exp(expected) * (expected - found)).sum())
-            self.agreed += int((logits.argmax(-1) == reference.argmax(-1)).sum())
-
-
-def measure(
-    folder: str, texts: list[dict[str, str | None]], checkpoint: str | None
-) -> dict[str, float | None]:
-    """See `measure_quality`. Called through `run_isolated`.
-
-    Returns:
-        The fields of `Quality` that are figures.
-    """
-    bundle = open_bundle(folder, verify_hashes=False)
-    manifest = bundle.manifest
-    threads = num_threads(sum(entry.size for entry in manifest.files))
-    engine = open_engine(bundle, EngineOptions(threads=threads))
-    tokenizer = Tokenizer.from_file(str(bundle.file(manifest.tokenizer)))
-    facts = manifest.model
-    length = min(_WINDOW, engine.max_context_length, facts.context_length)
-    model = None if checkpoint is None else EagerReference(Path(checkpoint))
-    sums = _Sums()
-    given = [HeldOut(str(text["text"]), text["source"]) for text in texts]
-    for window in probes(tokenizer, given, facts, length, MAX_TOKENS):
-        logits = _logits(engine, window)[:-1]
-        reference = None if model is None else model.logits(window.tokens, window.source)[:-1]
-        sums.add(logits, reference, np.array(window.tokens[1:], np.int64))
-    engine.close()
-    count = max(sums.tokens, 1)
-    compared = checkpoint is not None
-    return {
-        "tokens": sums.tokens,
-        "perplexity": float(np.exp(sums.loss / count)),
-        "reference_perplexity": float(np.exp(sums.reference_loss / count)) if compared else None,
-        "kl_divergence": sums.divergence / count if compared else None,
-        "agreement": sums.agreed / count if compared else None,
-    }
 
 
 def probes(
@@ -213,23 +169,3 @@ def _pairs(
             continue
         left -= len(window)
         yield Probe(tuple(window), tuple(source))
-
-
-def _logits(engine: Engine, window: Probe) -> FloatArray:
-    """Logits [n, vocab_size] of the artefact."""
-    found: list[FloatArray] = []
-    tokens = window.tokens
-    with Session(engine, len(tokens)) as session:
-        if window.source:
-            session.encode(window.source)
-        width = min(session.max_width, _WINDOW)
-        for first in range(0, len(tokens), width):
-            rows = session.push(tokens[first : first + width])
-            found += session.advance(rows, session.exits[-1])
-            session.commit(rows[-1])
-    return np.stack(found)
-
-
-def _log_softmax(logits: FloatArray) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from skipstone.bundle.calibration import Calibration
-from skipstone.bundle.compression import Compression
+from skipstone.bundle.compression import Compression, ExitAgreement
 from skipstone.bundle.coreml import PackageEntry
 from skipstone.bundle.graphs import GraphsEntry
 from skipstone.bundle.record import Record
@@ -154,7 +154,8 @@ class Parity(Record):
 class Quality(Record):
     """How the artefact predicts a held-out text: perplexity over `tokens` predicted tokens, its own and the checkpoint's
     in float32; mean divergence of its distribution from the checkpoint's (Kullback–Leibler, nats); share of positions
-    with the same best token. None where there is no checkpoint to compare with.
+    with the same best token; its inner exits, which choose among the draft head's tokens, `dense` being the checkpoint.
+    None where there is no checkpoint to compare with.
     """
 
     text_sha256: str
@@ -163,6 +164,7 @@ class Quality(Record):
     reference_perplexity: float | None = None
     kl_divergence: float | None = None
     agreement: float | None = None
+    exits: tuple[ExitAgreement, ...] = ()
 
 
 class CostCurve(Record):

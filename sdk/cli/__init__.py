@@ -18,6 +18,7 @@ from skipstone.cli.bench import bench
 from skipstone.cli.calibrate import calibrate
 from skipstone.cli.compress import compress
 from skipstone.cli.devices import devices
+from skipstone.cli.evaluate import evaluate
 from skipstone.cli.export import export
 from skipstone.cli.generate import generate
 from skipstone.cli.inspect import inspect
@@ -34,7 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (export, generate, bench, simulate, calibrate, inspect, tune, compress, devices):
+for _command in (
+    export, generate, bench, evaluate, simulate, calibrate, inspect, tune, compress, devices,
+):  # fmt: skip
     app.command()(_command)
 
 

@@ -141,6 +141,11 @@ def _quality(quality: Quality) -> Table:
         table.add_row("divergence from the checkpoint, nats", f"{quality.kl_divergence:.4f}", "0")
     if quality.agreement is not None:
         table.add_row("best token as the checkpoint's", f"{quality.agreement:.1%}", "")
+    for found in quality.exits:
+        table.add_row(f"exit {found.exit}'s best token as the last layer's", f"{found.own_last:.1%}", "")
+        if found.dense is not None:
+            name = f"exit {found.exit}'s best token as the checkpoint's there"
+            table.add_row(name, f"{found.dense:.1%}", "")
     return table
 
 
