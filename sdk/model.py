@@ -13,7 +13,8 @@ An encoder-decoder is given a source to read instead, `model.generate(source="Th
 where its output is to begin with given words.
 
 Costs are measured when a bundle is first used, which takes about two seconds, and kept beside it for the next time
-(`skipstone.devices.curves`); so is what `auto` learns while it generates (`skipstone.devices.records`).
+(`skipstone.devices.curves`). `auto` takes two seconds more to try every way to draft on built-in texts
+(`skipstone.trials`); what it learns then and while it generates is kept too (`skipstone.devices.records`).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
 from skipstone.runtimes.text import TextCodec
+from skipstone.trials import texts_for, try_out
 
 __all__ = [
     "Chunk",
@@ -251,7 +253,9 @@ class Model:
                 self._amendments,
                 self._record() if strategy == "auto" else None,
             )
-            self._policies[key] = make_policy(strategy, materials)
+            self._policies[key] = policy = make_policy(strategy, materials)
+            if isinstance(policy, AutoPolicy) and not materials.record:
+                try_out(policy, self.session, texts_for(self.codec, self.bundle.manifest.model), self.costs)
         return self._policies[key]
 
     def calibrated(self, knob: Knob = "early-exit-margin") -> AdaptiveOptions:

@@ -47,8 +47,13 @@ _GAIN = 1.1  # speed-up that earns it
 _CREDIT = 1.0  # plain tokens that drafting may lose at once
 _SHARE = 0.01  # of all tokens, that it may lose in the long run
 _TRUST = 20.0  # more of them, for an arm that is trusted
-_SHORT, _LONG = 16, 96  # tokens of a generation in which nothing may be lost, and all of this
+_SHORT, _LONG = (
+    8.0,
+    32.0,
+)  # plain tokens that drafting may save in a generation where nothing is lent, and all of this
+_TYPICAL = 1.5  # speed-up by which this is foreseen, of arms that are not trusted to have more
 _STAKE = 1.5  # plain tokens that a round may lose beyond the account
+_COMPARED = 4  # of so many rounds that try a way one is plain
 _OUTLIER = 1.5  # a round this much slower than foreseen was interrupted from outside
 _HOPE = 1.05  # speed-up that an untried arm of text is taken to have; stages come before text
 _CURIOSITY = 1.2  # what is hoped for beyond the estimate, by the root of the rounds that were seen
@@ -177,29 +182,48 @@ class AutoPolicy:
         for arm in self._arms:
             arm.record = (record or {}).get(arm.drafter.name, Record())
         self._chosen: Arm | None = None
+        self._trying: Arm | None = None
+        self._tried = 0
         self._generated, self._gained, self._stake = 0, 0.0, 0.0
-        self._lent: float | None = None  # share of what may be lost that this generation is long enough for
+        self._length: int | None = None  # that this generation may have, once it is known
 
     @property
     def record(self) -> dict[str, Record]:
         """What the arms have brought so far, by their drafters' names; to be given to a policy of the same kind."""
         return {arm.drafter.name: arm.up_to_date() for arm in self._arms}
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The arms' drafters by name, those of text first."""
+        return tuple(arm.drafter.name for arm in self._arms)
+
+    def try_only(self, way: str | None) -> None:
+        """Draft in this way from now on, whatever it costs, to see what it is worth; now and then decode plainly, to
+        compare. None: as it pays again.
+        """
+        self._trying = next((arm for arm in self._arms if arm.drafter.name == way), None)
+
     def begin(self, prompt: Sequence[int], session: Session) -> None:
         for text in self._texts:
             text.reset(prompt, session.source)
-        self._generated, self._gained, self._lent = 0, 0.0, None
+        self._generated, self._gained, self._length = 0, 0.0, None
         for arm in self._arms:
             arm.wake()
 
     def next(self, remaining: int) -> Choice:
         self._chosen, self._stake = None, 0.0
-        if self._lent is None:
-            self._lent = min(1.0, max(0, remaining - _SHORT) / (_LONG - _SHORT))
-        if self._lent and self._plain_rounds >= _WARM_UP:
+        if self._length is None:
+            self._length = remaining
+        if self._plain_rounds < _WARM_UP:
+            return Choice()
+        if self._trying is not None:
+            self._tried += 1
+            if self._tried % _COMPARED:
+                self._chosen, self._stake = self._trying, math.inf
+        else:
             best = max(filter(self._may_take, self._arms), key=lambda arm: arm.hoped, default=None)
             if best is not None and best.hoped > 1.0:
-                self._chosen, self._stake = best, self._account(best) + self._lent * _STAKE
+                self._chosen, self._stake = best, self._account(best) + self._lent(best) * _STAKE
         drafter = None if self._chosen is None else self._chosen.drafter
         return Choice(drafter, self._stake * self._seconds)
 
@@ -233,7 +257,13 @@ class AutoPolicy:
 
     def _account(self, arm: Arm) -> float:
         """Plain tokens that the arm may still lose in this generation."""
-        return self._gained + (self._lent or 0.0) * (_CREDIT + (_TRUST if arm.trusted else 0.0))
+        return self._gained + self._lent(arm) * (_CREDIT + (_TRUST if arm.trusted else 0.0))
+
+    def _lent(self, arm: Arm) -> float:
+        """The share of what an arm may lose that this generation is long enough to win back with it."""
+        gain = max(_TYPICAL, arm.gain if arm.trusted else 0.0)
+        saved = (self._length or 0) * (1.0 - 1.0 / gain)
+        return min(1.0, max(0.0, saved - _SHORT) / (_LONG - _SHORT))
 
     def _may_take(self, arm: Arm) -> bool:
-        return self._account(arm) > 0.0 and arm.asleep_until <= self._generated
+        return arm.asleep_until <= self._generated and self._lent(arm) > 0.0 < self._account(arm)

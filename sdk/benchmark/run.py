@@ -17,11 +17,11 @@ from skipstone.benchmark.baselines import BASELINES, Baseline, BaselineOptions, 
 from skipstone.benchmark.lossless import agreement
 from skipstone.benchmark.measure import Progress, Runner, Series, StrategyRunner, measure_interleaved
 from skipstone.benchmark.memory import MemoryRequest, peak_rss_mb
-from skipstone.benchmark.prompts import DEFAULT_PROMPTS, DEFAULT_SOURCES
 from skipstone.benchmark.report import Report, bundle_facts, this_machine
 from skipstone.benchmark.rows import Row, make_row
 from skipstone.benchmark.subject import Subject, new_policy, open_draft, runnable_strategies
 from skipstone.benchmark.trace import TracedRunner, Tracer, write_trace
+from skipstone.builtin_texts import PROMPTS, SOURCES
 from skipstone.bundle import Bundle, open_bundle
 from skipstone.errors import ContextFullError, UsageError
 from skipstone.inputs import ModelInput, encode_input
@@ -71,8 +71,8 @@ class BenchOptions:
     """
 
     strategies: tuple[str, ...] = ()
-    prompts: tuple[str, ...] = DEFAULT_PROMPTS
-    sources: tuple[str, ...] = DEFAULT_SOURCES
+    prompts: tuple[str, ...] = PROMPTS
+    sources: tuple[str, ...] = SOURCES
     prompts_source: str = "built in"
     max_new_tokens: int = 64
     repeats: int = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from skipstone.benchmark.meter import MeteredEngine, placed_bytes
 from skipstone.benchmark.tracing import Recorder, TracedPolicy, witnessed
@@ -19,10 +20,11 @@ from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import Policy
-from skipstone.runtimes.policies.auto import Record
+from skipstone.runtimes.policies.auto import AutoPolicy, Record
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
 from skipstone.runtimes.text import TextCodec
+from skipstone.trials import texts_for, try_out
 
 COST_SECONDS = 4.0  # budget for the cost curve
 
@@ -96,6 +98,15 @@ class Subject:
         )
         return new_curve(self.bundle, self._raw, self._options, curve, COST_SECONDS)
 
+    @cached_property
+    def first_record(self) -> Mapping[str, Record]:
+        """What `auto` finds when a bundle is first used; the session's content is lost."""
+        policy = new_policy("auto", self, None, StrategyOptions(), record={})
+        if not isinstance(policy, AutoPolicy):
+            raise AssertionError("auto is an AutoPolicy")
+        try_out(policy, self.session, texts_for(self.codec, self.bundle.manifest.model), self.costs)
+        return policy.record
+
     def restart(self) -> None:
         """Forget the sequence and what was metered."""
         self.session.rewind(0)
@@ -148,7 +159,8 @@ def new_policy(
     recorder: Recorder | None = None,
     record: Mapping[str, Record] | None = None,
 ) -> Policy:
-    """A policy that has learned nothing yet, but `auto` what the record holds; what it drafts is told to the recorder.
+    """A policy that has learned nothing yet; what it drafts is told to the recorder. `auto` begins with a record, by
+    default what it finds when a bundle is first used.
 
     Raises:
         UsageError: an unknown strategy, or one this bundle cannot run.
@@ -165,7 +177,7 @@ def new_policy(
         guide,
         lambda: target.codec.word_starts,
         target.amendments,
-        record,
+        target.first_record if record is None and strategy == "auto" else record,
         recorder=recorder,
     )
     policy = make_policy(strategy, materials)

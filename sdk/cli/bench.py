@@ -94,10 +94,11 @@ def bench(
     from rich.console import Console
 
     from skipstone.benchmark.profile_tables import show_profile
-    from skipstone.benchmark.prompts import DEFAULT_PROMPTS, DEFAULT_SOURCES, Texts, read_prompts
+    from skipstone.benchmark.prompts import Texts, read_prompts
     from skipstone.benchmark.render import show
     from skipstone.benchmark.report import check_writable, write_json
     from skipstone.benchmark.run import BenchOptions, run_bench
+    from skipstone.builtin_texts import PROMPTS, SOURCES
     from skipstone.cli._progress import progress_bar
     from skipstone.placing import parse_place
     from skipstone.runtimes.engines import EngineOptions
@@ -111,7 +112,7 @@ def bench(
     if curve_only:
         _measure_curve(bundle, EngineOptions(threads, kv_type), json, curve)
         return
-    texts = Texts(DEFAULT_PROMPTS, DEFAULT_SOURCES) if prompts is None else read_prompts(prompts)
+    texts = Texts(PROMPTS, SOURCES) if prompts is None else read_prompts(prompts)
     options = BenchOptions(
         strategies=() if strategies is None else parse_strategies(strategies),
         prompts=texts.prompts[:limit],

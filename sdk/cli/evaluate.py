@@ -93,11 +93,12 @@ def _speed(strategy: str, prompts: Path | None, max_new_tokens: int, repeats: in
     Raises:
         UsageError: an unknown strategy, one that needs a draft model, or prompts that cannot be read.
     """
-    from skipstone.benchmark.prompts import DEFAULT_PROMPTS, DEFAULT_SOURCES, Texts, read_prompts
+    from skipstone.benchmark.prompts import Texts, read_prompts
+    from skipstone.builtin_texts import PROMPTS, SOURCES
     from skipstone.evaluation.speed import SpeedOptions
 
     check_strategy(strategy)
     if strategy == "draft-model":
         raise UsageError("--strategy draft-model: evaluate opens no draft model", hint="use skipstone bench")
-    texts = Texts(DEFAULT_PROMPTS, DEFAULT_SOURCES) if prompts is None else read_prompts(prompts)
+    texts = Texts(PROMPTS, SOURCES) if prompts is None else read_prompts(prompts)
     return SpeedOptions(strategy, texts.prompts, texts.sources, max_new_tokens, repeats)

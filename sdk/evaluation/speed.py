@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from skipstone.benchmark.memory import MemoryRequest, peak_rss_mb
-from skipstone.benchmark.prompts import DEFAULT_PROMPTS, DEFAULT_SOURCES
 from skipstone.benchmark.run import PLAIN, BenchOptions, run_bench
+from skipstone.builtin_texts import PROMPTS, SOURCES
 from skipstone.evaluation.report import Speed
 from skipstone.runtimes.cores import num_cores
 
@@ -30,8 +30,8 @@ class SpeedOptions:
     """
 
     strategy: str = "auto"
-    prompts: tuple[str, ...] = DEFAULT_PROMPTS
-    sources: tuple[str, ...] = DEFAULT_SOURCES
+    prompts: tuple[str, ...] = PROMPTS
+    sources: tuple[str, ...] = SOURCES
     max_new_tokens: int = 64
     repeats: int = 3
 

@@ -5,8 +5,8 @@
 
 Fixed ways are every strategy with every exit and a few draft lengths. All take turns, text by text, plain decoding
 twice: what the second falls short of the first by on a text is noise. The best is the fastest on the whole set, seen
-afterwards, which nobody can know before. `auto` begins every pass with what it learned from other texts (`--warm-up`),
-as in an application whose bundle was used before; `auto, new` begins with nothing, as the fixed ways do.
+afterwards, which nobody can know before. `auto` begins every pass with what it finds out when a bundle is first used,
+from a few built-in texts; `auto, new` begins with nothing.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from skipstone.inputs import ModelInput, encode_input
 from skipstone.jsonl import read_objects
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.generate import GenerationLimits, Policy
-from skipstone.runtimes.policies.auto import AutoPolicy, Record
 from skipstone.runtimes.sampling import SamplingConfig
 from skipstone.runtimes.strategies import StrategyOptions
 from tests.peers.common import ROOT, command_line, take_turns
@@ -97,12 +96,9 @@ def run(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, object]:
     ways = ways_of(bundle)
     with Subject(bundle, EngineOptions(threads=arguments.threads)) as subject:
         texts = Texts.read(arguments.prompts, subject, arguments.max_new_tokens)
-        learned = learn(
-            subject, [Texts.read(file, subject, arguments.max_new_tokens) for file in arguments.warm_up]
-        )
 
         def make(name: str) -> Runner:
-            record = learned if name == AUTO else None
+            record = {} if name == NEW else None
             policy = new_policy(ways[name].strategy, subject, None, ways[name].options, record=record)
             return texts.runner(subject, policy)
 
@@ -118,21 +114,9 @@ def run(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, object]:
         "over_best_fixed": {
             row["way"]: row["speedup"] / best["speedup"] for row in rows if row["way"] in (AUTO, NEW)
         },
-        "learned": {name: asdict(record) for name, record in learned.items()},
+        "first_record": {name: asdict(record) for name, record in subject.first_record.items()},
         "rows": rows,
     }
-
-
-def learn(subject: Subject, texts: Sequence[Texts]) -> dict[str, Record]:
-    """What `auto` knows after these texts."""
-    policy = new_policy(AUTO, subject, None, _OPEN)
-    for some in texts:
-        runner = some.runner(subject, policy)
-        for given in some.inputs:
-            runner(given)
-    if not isinstance(policy, AutoPolicy):
-        raise AssertionError("auto is an AutoPolicy")
-    return policy.record
 
 
 def rows_of(found: Sequence[Series], plain_cost: float) -> list[dict[str, object]]:
@@ -191,10 +175,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--bundles", type=Path, nargs="+", help="default: the shipped model on both engines")
     parser.add_argument("--prompts", type=Path, default=ROOT / "samples" / "prompts" / "mixed.jsonl")
-    warm_up = [ROOT / "samples" / "prompts" / name for name in ("code.jsonl", "random.jsonl")]
-    parser.add_argument(
-        "--warm-up", type=Path, nargs="*", default=warm_up, help="texts that auto has learned from"
-    )
     parser.add_argument("--max-new-tokens", type=int, default=96, help="where a line does not say")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: as the engine chooses")

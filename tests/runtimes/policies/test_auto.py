@@ -321,18 +321,24 @@ def test_a_round_may_lose_the_credit_and_the_stake_and_more_once_the_arm_is_trus
 
 
 @pytest.mark.usefixtures("clock")
-@pytest.mark.parametrize(("length", "lent"), [(12, 0.0), (16, 0.0), (36, 0.25), (96, 1.0)])
-def test_a_generation_too_short_to_make_up_for_a_loss_risks_less(length: int, lent: float) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "length", "lent"),
+    [(2, 12, 0.0), (2, 24, 0.0), (2, 48, 1 / 3), (2, 96, 1.0), (6, 8, 0.0), (6, 24, 0.43)],
+    ids=str,
+)
+def test_a_generation_too_short_to_make_up_for_a_loss_risks_less(
+    tokens: int, length: int, lent: float
+) -> None:
     rounds = Rounds()
     for _ in range(20):
         rounds.begin()
         for _ in range(8):
-            rounds.play(2, 1.4)
+            rounds.play(tokens, 1.4)
     rounds.begin()
     choice = rounds.policy.next(length)
     assert (choice.drafter is not None) == (lent > 0)
     if lent:
-        assert choice.allowance / rounds.second == pytest.approx(lent * (1.0 + 20 + 1.5))
+        assert choice.allowance / rounds.second == pytest.approx(lent * (1.0 + 20 + 1.5), rel=0.02)
         assert rounds.policy.next(2).allowance == choice.allowance  # towards its end as at its start
 
 

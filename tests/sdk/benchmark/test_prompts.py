@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from skipstone.benchmark.prompts import DEFAULT_PROMPTS, DEFAULT_SOURCES, Texts, read_prompts
+from skipstone.benchmark.prompts import Texts, read_prompts
+from skipstone.builtin_texts import PROMPTS, SOURCES
 from skipstone.errors import UsageError
 
 
@@ -38,5 +39,5 @@ def test_a_line_that_does_not_fit_is_named_by_its_number(tmp_path: Path) -> None
 
 
 def test_the_built_in_prompts_differ() -> None:
-    for texts in (DEFAULT_PROMPTS, DEFAULT_SOURCES):
+    for texts in (PROMPTS, SOURCES):
         assert len(set(texts)) == len(texts) >= 4
