@@ -33,10 +33,12 @@ class Acceptance:
     Attributes:
         exits: of a draft by each inner exit.
         text: of a draft copied or counted from text.
+        source: what it was read from; "": estimated.
     """
 
     exits: tuple[float, ...]
     text: float
+    source: str = ""
 
     @classmethod
     def usual(cls, exits: Sequence[int]) -> Acceptance:
@@ -47,6 +49,11 @@ class Acceptance:
                 after a sixth of its layers, 63 % after half of them and 84 % after three quarters.
         """
         return cls(tuple(0.35 + 0.6 * exit_layer / exits[-1] for exit_layer in exits[:-1]), 0.4)
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{share:.0%}" for share in self.exits)
+        source = f"as recorded in {self.source}" if self.source else "estimated from the exits' depth"
+        return f"exits {shares}, text {self.text:.0%}, {source}"
 
 
 @dataclass(frozen=True)

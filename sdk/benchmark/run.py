@@ -251,7 +251,7 @@ class _Bench:
             prompts=len(self.inputs),
             source=options.prompts_source,
         )
-        write_trace(path, header, self._tracer.runs)
+        write_trace(path, header, self._tracer.runs, self.target.bundle)
 
     def _logits_after(self, given: ModelInput, generated: Sequence[int]) -> NDArray[np.float32]:
         self.target.restart()

@@ -14,6 +14,8 @@ from skipstone.benchmark.ranks import exit_ranks
 from skipstone.benchmark.report import write_text
 from skipstone.benchmark.subject import Subject
 from skipstone.benchmark.tracing import Recorder, TracedEngine
+from skipstone.bundle import Bundle
+from skipstone.devices.accepted import keep_acceptance
 from skipstone.devices.curves import MeasuredCurve
 from skipstone.devices.simulator import PLAIN
 from skipstone.devices.traces import DRAFT_MODEL, DraftModelFacts, Run, Trace, TraceHeader, trace_lines
@@ -99,14 +101,16 @@ class TracedRunner:
         return sample
 
 
-def write_trace(path: Path, header: TraceHeader, runs: Sequence[Run]) -> None:
-    """Write a trace as a whole or not at all.
+def write_trace(path: Path, header: TraceHeader, runs: Sequence[Run], bundle: Bundle) -> None:
+    """Write a trace as a whole or not at all, and keep beside the bundle what it tells of acceptance.
 
     Raises:
         UsageError: the disk refuses; nothing is left behind.
     """
-    lines = trace_lines(Trace(header, tuple(runs)))
+    trace = Trace(header, tuple(runs))
+    lines = trace_lines(trace)
     write_text(path, "".join(f"{line}\n" for line in lines), "--trace")
+    keep_acceptance(bundle, trace)
 
 
 def _own_curve(subject: Subject) -> MeasuredCurve:

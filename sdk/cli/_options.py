@@ -26,7 +26,7 @@ Place = Annotated[
     list[str] | None,
     typer.Option(
         help="SEGMENT=DIR: run a segment (0, or a range 1-2) on the engine of another bundle of this model; may be "
-        "repeated. auto=DIR: as the measured costs have it."
+        "repeated. auto=DIR: as the measured costs have it; trace=FILE: and what this trace tells of acceptance."
     ),
 ]
 

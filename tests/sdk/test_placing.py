@@ -13,11 +13,13 @@ from skipstone import placing
 from skipstone.benchmark.meter import PartBytes, part_bytes, placed_bytes
 from skipstone.benchmark.run import BenchOptions, run_bench
 from skipstone.bundle import Bundle, CostCurve, open_bundle
+from skipstone.devices.traces import Round, Run, Trace, trace_lines
 from skipstone.errors import BundleError, UsageError
 from skipstone.model import Model, load_model
 from skipstone.placing import open_places, parse_place
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.engines.placed import PlacedEngine
+from tests.devices.timed import curve_of, trace_of
 from tests.sdk.cli.command import assert_refused
 from tests.sdk.cli.command import skipstone as command
 
@@ -124,11 +126,56 @@ def curve(*parts: tuple[float, float]) -> CostCurve:
     )
 
 
+QUICK, WIDE = curve((1, 1), (9, 9)), curve((4, 0), (9.5, 0))
+
+
+def hopeless(bundle: Bundle) -> Trace:
+    """A trace of the bundle's model in which no exit was ever right."""
+    exits, drawn = (*bundle.manifest.exits, bundle.manifest.model.num_layers), 30
+    plain = Round(drafter="", fresh=1, seconds=1e-3, engine_seconds=1e-3)
+    run = Run(
+        strategy="plain",
+        prompt=0,
+        tokens=tuple(range(drawn + 1)),
+        rounds=(plain,) * drawn,
+        ranks=((-1,) * drawn,) * (len(exits) - 1),
+    )
+    device = curve_of(1e-3, 1e-3, 0.1, segments=len(exits)).model_copy(update={"exits": exits})
+    found = trace_of(device, run)
+    return Trace(found.header.model_copy(update={"model": bundle.manifest.model.name}), found.runs)
+
+
+@pytest.mark.engine
+def test_auto_places_segments_as_a_trace_has_it(
+    gguf: Bundle, coder_bundle_q8_0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of drafts that are never right no second engine makes anything; the estimate has it otherwise, see below."""
+    curves = {"f32": QUICK, "q8_0": WIDE}
+    monkeypatch.setattr(placing, "_curve", lambda bundle, _options: curves[bundle.path.name])
+    trace, file = hopeless(gguf), tmp_path / "trace.jsonl"
+    file.write_text("".join(f"{line}\n" for line in trace_lines(trace)))
+    place = {"auto": coder_bundle_q8_0, "trace": file}
+    with load_model(gguf.path, threads=1, place=place) as model:
+        assert model.opened.described == (
+            model.opened.described[0],
+            f"acceptance: exits 0%, text 40%, as recorded in {file}",
+        )
+    other = Trace(trace.header.model_copy(update={"model": "another"}), trace.runs)
+    file.write_text("".join(f"{line}\n" for line in trace_lines(other)))
+    with pytest.raises(UsageError, match=r"--place trace=.*: recorded of another, cut at layers 3, .* is "):
+        open_places(gguf, OPTIONS, place)
+    with pytest.raises(
+        UsageError, match=r"trace is no segment .*auto=DIR, with that also --place trace=FILE"
+    ):
+        open_places(gguf, OPTIONS, {"trace": file})
+
+
 @pytest.mark.engine
 def test_auto_places_segments_as_the_curves_have_it(
     gguf: Bundle, coder_bundle_q8_0: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick, wide = curve((1, 1), (9, 9)), curve((4, 0), (9.5, 0))
+    quick, wide = QUICK, WIDE
+    monkeypatch.setattr(placing, "kept_acceptance", lambda _bundle: None)
     for here, there, owners in ((quick, wide, (0, 1)), (wide, quick, (1, 0)), (quick, quick, (0, 0))):
         curves = {"f32": here, "q8_0": there}
         monkeypatch.setattr(placing, "_curve", lambda bundle, _options, c=curves: c[bundle.path.name])
@@ -137,6 +184,7 @@ def test_auto_places_segments_as_the_curves_have_it(
         assert opened.placement.owners == owners
         assert isinstance(opened.engine, PlacedEngine)
         assert opened.engine.drafts == owners[0]
+        assert opened.described[-1].endswith("estimated from the exits' depth")
         opened.engine.close()
 
 

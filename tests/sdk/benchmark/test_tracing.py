@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from skipstone.benchmark.run import BenchOptions, run_bench
+from skipstone.bundle import open_bundle
+from skipstone.devices.accepted import acceptance_of, kept_acceptance
 from skipstone.devices.replay import WHOLE, as_it_ran, shortened
 from skipstone.devices.simulator import Device, Plan, measure_host, simulate
 from skipstone.devices.traces import DRAFT_MODEL, read_trace
@@ -65,6 +67,9 @@ def test_a_trace_tells_what_the_report_counts_and_what_it_did_not_disturb(
             assert hits in (len(each.parents), each.fresh) or ranks[hits] != 0
             ranks = ranks[each.fresh :]
         assert not ranks
+    kept = kept_acceptance(open_bundle(coder_bundle_f32))
+    assert kept is not None
+    assert kept.exits == pytest.approx(acceptance_of(trace, "").exits, abs=1e-4)
 
 
 @pytest.mark.engine
