@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from skipstone.bundle import (
     Bundle,
@@ -29,11 +30,23 @@ from skipstone.bundle import (
 )
 from skipstone.errors import ExportError, UsageError
 from skipstone.exporters import lexicon
+from skipstone.exporters.checkpoint import open_checkpoint
 from skipstone.exporters.compress.record import read_record
-from skipstone.exporters.formats import Artefacts, ExportOptions, Progress, Step, exporter_of
+from skipstone.exporters.formats import (
+    Artefacts,
+    ExportOptions,
+    Progress,
+    Step,
+    exporter_of,
+    refuse_options,
+)
 from skipstone.exporters.quality import held_out_texts, measure_quality
 from skipstone.exporters.selftest import SelfTest, run_self_test
 from skipstone.runtimes.cores import num_cores
+
+if TYPE_CHECKING:
+    from skipstone.devices.profiles import DeviceProfile
+    from skipstone.exporters.compress.work import FixedCodes
 
 _UNTESTED = Parity(
     reference=None,
@@ -65,6 +78,7 @@ def export_checkpoint(
     imatrix: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     mix: str | None = None,
+    requantize: bool = False,
     context_length: int | None = None,
     widths: Sequence[int] | None = None,
     share_weights: bool = False,
@@ -79,8 +93,10 @@ def export_checkpoint(
         source: checkpoint folder, hub name, or a .gguf file.
         output: folder of the bundle.
         device: name of a device profile.
-        format: name of a format (`skipstone.exporters.formats.FORMATS`); None: the device's first.
-        quantize: scheme; None: the device's default for the format, or for a .gguf the one it has.
+        format: name of a format (`skipstone.exporters.formats.FORMATS`); None: the one that the checkpoint's codes are
+            for, else the device's first.
+        quantize: scheme; None: the one that the checkpoint's codes are for, else the device's default for the format,
+            or for a .gguf the one it has.
         exits: layer counts to cut at; None: those recorded with the checkpoint, or a default by depth; (): no
             cuts. Of an encoder-decoder, the decoder's.
         encoder_exits: layer counts at which an encoder can stop; None: those recorded with the checkpoint, or none.
@@ -90,6 +106,8 @@ def export_checkpoint(
         imatrix: calibration text for an importance matrix (gguf).
         calibration: text that fixes the scales of activations (executorch, `int8`).
         mix: schemes of single parts, say `head=8da8w,0-1=none` (executorch).
+        requantize: whether the weights of a checkpoint whose codes are fixed are rounded anew, instead of carrying the
+            codes.
         context_length: positions to plan K/V for, in formats that fix them at export and for models that set no limit
             themselves; None: at most 512.
         widths: numbers of rows to compile graphs for, where the device takes fixed shapes alone; None: the device's.
@@ -109,11 +127,14 @@ def export_checkpoint(
     from skipstone.devices.profiles import load_profile
 
     profile = load_profile(device)
-    chosen = profile.choose_format(format)
+    codes = None if requantize else _fixed_codes(source)
+    chosen = profile.choose_format(_format_for(codes, profile) if format is None else format)
     exporter, support = exporter_of(chosen), profile.formats[chosen]
     keeps_its_own = os.fspath(source).endswith(".gguf")
+    if quantize is None and not keeps_its_own:
+        quantize = support.default_quantize if codes is None else codes.scheme
     options = ExportOptions(
-        quantize=support.default_quantize if quantize is None and not keeps_its_own else quantize,
+        quantize=quantize,
         exits=None if exits is None else tuple(exits),
         encoder_exits=None if encoder_exits is None else tuple(encoder_exits),
         draft_vocab_size=draft_vocab_size,
@@ -121,6 +142,7 @@ def export_checkpoint(
         imatrix=None if imatrix is None else Path(imatrix),
         calibration=None if calibration is None else Path(calibration),
         mix=mix,
+        codes=codes,
         threads=num_cores(),
         context_length=context_length,
         max_source_length=max_source_length,
@@ -128,6 +150,8 @@ def export_checkpoint(
         widths=None if widths is None else tuple(widths),
         share_weights=share_weights or None,
     )
+    if codes is not None:
+        _refuse_other_codes(source, codes, chosen, options)
     text = None if held_out is None else Path(held_out)
     if text is not None:
         held_out_texts(text)  # one that cannot be read stops here
@@ -154,6 +178,46 @@ def export_checkpoint(
             write_manifest(folder, manifest.model_copy(update=figures))
         shutil.rmtree(scratch)
     return open_bundle(target, verify_hashes=False)
+
+
+def _fixed_codes(source: str | os.PathLike[str]) -> FixedCodes | None:
+    """The codes that a checkpoint's weights have, if they have any."""
+    if os.fspath(source).endswith(".gguf"):
+        return None
+    from skipstone.exporters.compress.folder import read_codes
+
+    return read_codes(open_checkpoint(source).path)
+
+
+def _format_for(codes: FixedCodes | None, profile: DeviceProfile) -> str | None:
+    """The format that codes are for, where the device takes it."""
+    if codes is None:
+        return None
+    from skipstone.exporters.compress.quantize.plan import format_of
+
+    wanted = format_of(codes.scheme)
+    return wanted if wanted in profile.formats else None
+
+
+def _refuse_other_codes(
+    source: str | os.PathLike[str], codes: FixedCodes, format: str, options: ExportOptions
+) -> None:
+    """Refuse to carry codes into another scheme than their own, and what would choose them anew.
+
+    Raises:
+        UsageError: names what can be done instead.
+    """
+    from skipstone.exporters.compress.quantize.plan import format_of
+
+    wanted = format_of(codes.scheme)
+    if (format, str(options.quantize).lower()) != (wanted, codes.scheme):
+        raise UsageError(
+            f"{source}: its codes are fixed for --format {wanted} --quantize {codes.scheme}, "
+            f"not for --format {format} --quantize {options.quantize}",
+            hint="export it as that, compress the checkpoint that it came from for this target, or pass --requantize "
+            "to round its weights anew",
+        )
+    refuse_options(options, dict.fromkeys(("imatrix", "mix"), "the checkpoint's codes are fixed already"))
 
 
 class _Reporter:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.bundle import Compression, ModelSize
+from skipstone.bundle import Compression, ModelSize, hash_file
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import quiet_loading
 from skipstone.exporters.compress.record import write_record
-from skipstone.exporters.compress.work import Codes, Work
+from skipstone.exporters.compress.work import Codes, FixedCodes, Work
 from skipstone.exporters.exits import CONFIG_KEY, ENCODER_CONFIG_KEY, EXITS_FILE
 
 QUANTIZATION_FILE, CODES_FILE = "quantization.json", "codes.safetensors"
@@ -48,12 +49,12 @@ def write_folder(model: Any, work: Work, record: Compression, folder: Path) -> N
     _write_model(model, work, folder)
     _write_exits(work, folder)
     if work.codes:
-        _write_codes(work.codes, folder)
+        _write_codes(work, folder)
     write_record(record, folder)
 
 
-def read_codes(folder: Path) -> dict[str, Codes]:
-    """The weights of a checkpoint whose codes are fixed, by their names in `model.state_dict()`; {} where none are.
+def read_codes(folder: Path) -> FixedCodes | None:
+    """The codes that a checkpoint's weights have; None where none are fixed.
 
     Raises:
         CheckpointError: the files are damaged or one is missing.
@@ -62,18 +63,21 @@ def read_codes(folder: Path) -> dict[str, Codes]:
     from safetensors.torch import load_file
 
     if not (folder / QUANTIZATION_FILE).is_file():
-        return {}
+        return None
     try:
         listed = json.loads((folder / QUANTIZATION_FILE).read_text(encoding="utf-8"))
         stored = load_file(folder / CODES_FILE)
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in listed}
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in listed["weights"]}
         for key, tensor in stored.items():
             name, _, part = key.rpartition(_BETWEEN)
             parts[name][part] = tensor
-        return {
+        weights = {
             name: Codes(str(entry["grid"]), parts[name], int(entry["num_bytes"]))
-            for name, entry in listed.items()
+            for name, entry in listed["weights"].items()
         }
+        hashes = "".join(hash_file(folder / name) for name in (QUANTIZATION_FILE, CODES_FILE))
+        sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        return FixedCodes(str(listed["scheme"]), dict(listed["tables"]), weights, sha256)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: {QUANTIZATION_FILE} and {CODES_FILE} do not fit together: {error}",
@@ -131,10 +135,17 @@ def _write_exits(work: Work, folder: Path) -> None:
         (folder / EXITS_FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
-def _write_codes(codes: dict[str, Codes], folder: Path) -> None:
+def _write_codes(work: Work, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    listed = {name: {"grid": entry.grid, "num_bytes": entry.num_bytes} for name, entry in codes.items()}
+    codes = work.codes
+    listed = {
+        "scheme": work.scheme,
+        "tables": work.tables,
+        "weights": {
+            name: {"grid": entry.grid, "num_bytes": entry.num_bytes} for name, entry in codes.items()
+        },
+    }
     (folder / QUANTIZATION_FILE).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
     stored = {
         f"{name}{_BETWEEN}{part}": tensor.contiguous()

@@ -122,7 +122,7 @@ def _prepare(
         text=text,
         exits=recorded_exits(checkpoint.path, checkpoint.config),
         encoder_exits=recorded_encoder_exits(checkpoint.path, checkpoint.config),
-        codes=read_codes(checkpoint.path),
+        **_codes_in(checkpoint.path),
         cache=cache.kept_models(),
         progress=progress or silent,
     )
@@ -211,5 +211,13 @@ def _as_left(work: Work, folder: Path, record: Compression) -> Work:
     """What the steps share, as the last one kept left it."""
     exits = recorded_exits(folder, None), recorded_encoder_exits(folder, None)
     return dataclasses.replace(
-        work, exits=exits[0], encoder_exits=exits[1], kept=dict(record.kept), codes=read_codes(folder)
+        work, exits=exits[0], encoder_exits=exits[1], kept=dict(record.kept), **_codes_in(folder)
     )
+
+
+def _codes_in(folder: Path) -> dict[str, Any]:
+    """What `Work` says of the codes in a checkpoint's folder."""
+    found = read_codes(folder)
+    if found is None:
+        return {"codes": {}, "scheme": None, "tables": {}}
+    return {"codes": dict(found.weights), "scheme": found.scheme, "tables": dict(found.tables)}

@@ -53,7 +53,8 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
         CheckpointError: it has codes that cannot be read.
     """
     config = checkpoint.config
-    quantized = "+".join(sorted({codes.grid for codes in read_codes(checkpoint.path).values()})) or None
+    codes = read_codes(checkpoint.path)
+    quantized = None if codes is None else codes.scheme
     if checkpoint.is_encoder_decoder:
         return Shape(
             architecture=checkpoint.architecture,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +81,24 @@ class Codes:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class FixedCodes:
+    """All codes of a checkpoint, as its folder holds them.
+
+    Attributes:
+        scheme: what it is to be exported in.
+        tables: schemes of the embedding (`embed`) and of the head (`head`) that differ from it, which the exporter
+            follows where these have no codes.
+        weights: by the weight's name in `model.state_dict()`.
+        sha256: over all of that.
+    """
+
+    scheme: str
+    tables: Mapping[str, str]
+    weights: Mapping[str, Codes]
+    sha256: str
+
+
 @dataclass
 class Work:
     """A run of compression, as its steps see it.
@@ -95,6 +113,8 @@ class Work:
         kept: by stack (`decoder`, `encoder`), the numbers that its layers had in the source.
         codes: by the weight's name in `model.state_dict()`, what exporters carry; such a weight is equal to what its
             codes stand for.
+        scheme: what the codes are to be exported in; None: there are none.
+        tables: see `FixedCodes`.
         threads: CPU threads.
         cache: folder for what is worth keeping between runs.
         progress: told what is being done, how much of it is done, and how much there is.
@@ -108,6 +128,8 @@ class Work:
     encoder_exits: tuple[int, ...] | None = None
     kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
     codes: dict[str, Codes] = field(default_factory=dict)
+    scheme: str | None = None
+    tables: dict[str, str] = field(default_factory=dict)
     threads: int = field(default_factory=num_cores)
     cache: Path = Path()
     progress: Progress = silent

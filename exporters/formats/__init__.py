@@ -9,11 +9,14 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from skipstone.bundle import Manifest, ModelFacts, Quantization
 from skipstone.errors import ExportError, UsageError
 from skipstone.exporters.probe import Probe
+
+if TYPE_CHECKING:
+    from skipstone.exporters.compress.work import FixedCodes
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class ExportOptions:
         imatrix: calibration text for the importance matrix.
         calibration: text that fixes the scales of activations, in schemes that round them so.
         mix: schemes of single parts, say `head=8da8w,0-1=none`.
+        codes: those that the checkpoint's weights have, to be carried as they are, in a scheme of this format, which is
+            `quantize`; None: there are none, or the weights are to be rounded anew.
         threads: CPU threads.
         context_length: positions to plan K/V for, where the format fixes them or the model sets no limit.
         max_source_length: tokens of an encoder's source at most.
@@ -57,6 +62,7 @@ class ExportOptions:
     imatrix: Path | None = None
     calibration: Path | None = None
     mix: str | None = None
+    codes: FixedCodes | None = None
     threads: int = 2
     context_length: int | None = None
     max_source_length: int | None = None

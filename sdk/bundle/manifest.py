@@ -120,14 +120,15 @@ class DraftHeadEntry(Record):
 
 
 class Quantization(Record):
-    """Scheme (`f32`, `f16`, `q8_0`, `8da4w`, …), schemes of single parts, and hashes of the texts that were used: for an
-    importance matrix, for the scales of activations.
+    """Scheme (`f32`, `f16`, `q8_0`, `8da4w`, …), schemes of single parts, and hashes of what was used: a text for an
+    importance matrix, one for the scales of activations, codes that were carried from a compressed checkpoint.
     """
 
     scheme: str
     mix: dict[str, str] = Field(default_factory=dict)
     imatrix_sha256: str | None = None
     calibration_sha256: str | None = None
+    codes_sha256: str | None = None
     bits_per_weight: float | None = None
 
 

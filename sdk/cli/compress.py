@@ -90,25 +90,13 @@ def read_steps(recipe: Path | None, flags: list[str] | None) -> tuple[Step, ...]
     """The steps of a recipe file, or of `--compress` flags.
 
     Raises:
-        UsageError: both, a step that cannot be read, or one whose result could not be exported.
+        UsageError: both, or a step that cannot be read.
     """
     from skipstone.exporters.compress.recipe import load_recipe, parse_steps
 
     if recipe is not None and flags:
         raise UsageError("--recipe and --compress: one of them was expected", hint="leave out one")
-    steps = parse_steps(flags or ()) if recipe is None else load_recipe(recipe)
-    _refuse_codes(steps)
-    return steps
-
-
-def _refuse_codes(steps: tuple[Step, ...]) -> None:
-    """Refuse steps that fix codes, until exports carry those of a checkpoint: they would round its weights anew."""
-    for step in steps:
-        if step.kind == "quantize" or getattr(step, "over", None) == "bits":
-            raise UsageError(
-                f"step {step.kind!r}: exports would not carry the codes it chooses yet, but round the weights anew",
-                hint="leave it out, and give the scheme to skipstone export --quantize",
-            )
+    return parse_steps(flags or ()) if recipe is None else load_recipe(recipe)
 
 
 def compression_table(record: Compression) -> Table:

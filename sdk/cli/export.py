@@ -60,6 +60,13 @@ def export(
         str | None,
         typer.Option(help="Schemes of single parts, say head=8da8w,0-1=none,embed=none (executorch)."),
     ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize",
+            help="Round the weights of a compressed checkpoint anew, instead of carrying its codes.",
+        ),
+    ] = False,
     context_length: Annotated[
         int | None,
         typer.Option(
@@ -108,6 +115,7 @@ def export(
             imatrix=imatrix,
             calibration=calibration,
             mix=mix,
+            requantize=requantize,
             context_length=context_length,
             widths=parse_exits(widths, "--widths"),
             share_weights=share_weights,

@@ -189,6 +189,11 @@ class GgufGrid:
         return parts[_BLOCKS].reshape(-1, self._block_bytes)
 
 
+def blocks_of(parts: Parts) -> Tensor:
+    """What is stored, uint8 [rows, bytes of a row]."""
+    return parts[_BLOCKS]
+
+
 def _float16(blocks: Tensor, at: int) -> Tensor:
     """A float16 of every block, as float32 [n, 1]."""
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()

@@ -105,6 +105,11 @@ class IntGrid:
         return {_CODES: codes, _SCALES: levels.scale.float().contiguous()}
 
 
+def codes_and_scales(parts: Parts) -> tuple[Tensor, Tensor]:
+    """What is stored: codes, int8 [rows, columns], and scales, float32 [rows, groups]."""
+    return parts[_CODES], parts[_SCALES]
+
+
 GRIDS = {
     grid.name: grid
     for grid in (

@@ -28,7 +28,7 @@ _OF_BITS = {
     "executorch": {8: "8da8w", 4: "8da4w"},
 }
 _PLACE = re.compile(r"(?:(?:(encoder|decoder)\.)?(\d+)(?:-(\d+))?)?(?:(?:^|\.)([a-zA-Z_]\w*))?")
-_TABLES = ("embed", "head")
+TABLES = ("embed", "head")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Place:
     def holds(self, stack: str, layer: int, matrix: str) -> bool:
         """Whether it names that matrix."""
         return (
-            self.text not in _TABLES
+            self.text not in TABLES
             and (self.stack is None or stack == self.stack)
             and (self.layers is None or layer in self.layers)
             and (self.matrix is None or matrix.rsplit(".", 1)[-1] == self.matrix)
@@ -123,8 +123,9 @@ def layouts(model: nn.Module, scheme: str, mix: Mapping[str, str]) -> dict[str, 
     tables = table_names(model)
     for text, given in mix.items():
         place = Place.parse(text)
-        if text == "head" and text not in tables and format_of(scheme) == "executorch":
-            # A program keeps the shared table twice, which codes of one layout could not serve.
+        if text in TABLES and len(tables) == 1 and format_of(scheme) == "executorch":
+            # A program keeps a shared table twice, which codes of one layout could not serve.
+            _layout_in_mix(scheme, given, table=text == "embed")
             found.pop(tables["embed"], None)
             continue
         names = [tables[text]] if text in tables else _named(model, place)
@@ -202,10 +203,17 @@ def _layout_in_mix(scheme: str, given: str, *, table: bool) -> str | None:
     if format_of(scheme) == "gguf":
         return grid_of(given).name
     found = EXECUTORCH.get(given)
-    if found is None or not found.mixes or not EXECUTORCH[scheme].mixes:
-        able = ", ".join(one.name for one in EXECUTORCH.values() if one.mixes)
-        raise UsageError(f"quantize: mix: {given} cannot be mixed with {scheme}", hint=f"these can: {able}")
+    able = [one.name for one in EXECUTORCH.values() if one.mixes and _alike(one, EXECUTORCH[scheme])]
+    if found is None or given not in able or not EXECUTORCH[scheme].mixes:
+        raise UsageError(
+            f"quantize: mix: {given} cannot be mixed with {scheme}", hint=f"these can: {', '.join(able)}"
+        )
     return None if found.weight is None else _layout_of(found, table=table)
+
+
+def _alike(one: IntScheme, other: IntScheme) -> bool:
+    """Whether weights in one layout mean the same in both: activations are rounded in both or in neither."""
+    return None in (one.weight, other.weight) or one.activations == other.activations
 
 
 def _check_layouts(model: nn.Module, found: Mapping[str, str]) -> None:

@@ -17,7 +17,14 @@ from skipstone.exporters.compress.activations import Block, Inputs, stacks_of, w
 from skipstone.exporters.compress.quantize import needs_inputs, open_quantizer
 from skipstone.exporters.compress.quantize.folds import apply_fold, folds_of
 from skipstone.exporters.compress.quantize.grid import Grid, Parts, grid_of, stored
-from skipstone.exporters.compress.quantize.plan import Place, format_of, layouts, scheme_of_bits, table_names
+from skipstone.exporters.compress.quantize.plan import (
+    TABLES,
+    Place,
+    format_of,
+    layouts,
+    scheme_of_bits,
+    table_names,
+)
 from skipstone.exporters.compress.quantize.rank import Ranking, lowest
 from skipstone.exporters.compress.steps import Details, Shape, Step, Target, refuse_after_codes
 from skipstone.exporters.compress.work import Work
@@ -132,6 +139,9 @@ class Quantize(Step):
         for name in table_names(model).values():
             if name in layout:
                 _fix(name, weights[name], grid_of(layout[name]).fit(weights[name], None), layout, work)
+        work.scheme = scheme
+        if format_of(scheme) == "executorch":
+            work.tables = {table: given for table, given in mix.items() if table in TABLES}
         kinds = Counter(layout.values())
         return {"scheme": scheme, "mix": mix, "layouts": dict(kinds), "relative_error": errors}
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstone.exporters.compress.work import FixedCodes
 from skipstone.exporters.formats.executorch.calibration import calibrated
 from skipstone.exporters.formats.executorch.calibration_text import CalibrationText
+from skipstone.exporters.formats.executorch.codes import put_codes_in_parts
 from skipstone.exporters.formats.executorch.methods import Method, Shape, methods_of
 from skipstone.exporters.formats.executorch.modules import RowSegment, StaticKeyValues
-from skipstone.exporters.formats.executorch.schemes import Mix, quantize_parts, weight_bytes
+from skipstone.exporters.formats.executorch.schemes import Mix, named_parts, quantize_parts, weight_bytes
 from skipstone.exporters.segments import cut_decoder, load_decoder
 
 
@@ -25,6 +27,7 @@ class DecoderProgram:
         draft_tokens: token ids of the draft head's rows; None: no draft head.
         shape: what the program can hold.
         calibration: text that fixes the scales of activations, where the scheme needs one.
+        codes: those that the checkpoint's weights have; None: they are rounded here.
     """
 
     def __init__(
@@ -34,8 +37,14 @@ class DecoderProgram:
         draft_tokens: NDArray[np.int32] | None,
         shape: Shape,
         calibration: CalibrationText | None,
+        codes: FixedCodes | None = None,
     ) -> None:
-        self._shape, self._calibration = shape, calibration
+        self._shape, self._calibration, self._codes, self._draft_tokens = (
+            shape,
+            calibration,
+            codes,
+            draft_tokens,
+        )
         self._parts = cut_decoder(
             load_decoder(checkpoint),
             exits,
@@ -48,7 +57,7 @@ class DecoderProgram:
         parts = self._parts
         sizes = {
             f"segment_{index}": sum(
-                weight_bytes(layer, mix.of(part)) for part, layer in segment.layers.items()
+                weight_bytes(layer, mix.of(part), mix.within(part)) for part, layer in segment.layers.items()
             )
             for index, segment in enumerate(parts.segments)
         }
@@ -59,6 +68,8 @@ class DecoderProgram:
 
     def methods(self, mix: Mix, step: Callable[[str], None]) -> list[Method]:
         quantize_parts(self._parts, mix)
+        if self._codes is not None:
+            put_codes_in_parts(named_parts(self._parts), self._codes, self._draft_tokens)
         methods = list(methods_of(self._parts, self._shape))
         if self._calibration is None:
             return methods

@@ -21,9 +21,11 @@ from skipstone.bundle import (
     Quantization,
 )
 from skipstone.errors import ExportError
+from skipstone.exporters.compress.work import FixedCodes
 from skipstone.exporters.encoder_decoder import Cuts, Limits
 from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse_options
 from skipstone.exporters.formats.executorch.calibration_text import CalibrationText, read_calibration
+from skipstone.exporters.formats.executorch.codes import mix_of_codes
 from skipstone.exporters.formats.executorch.decoder_program import DecoderProgram
 from skipstone.exporters.formats.executorch.lowering import lower
 from skipstone.exporters.formats.executorch.methods import Method, Shape
@@ -45,6 +47,7 @@ PROGRAM_FILE = "model.pte"
 MAX_WIDTH = 64
 _DEFAULT_CONTEXT = 512
 _EXACT_TOLERANCE = 1e-4
+_CARRIED_AGREEMENT = 0.8  # with weights equal to the reference's, where activations alone are rounded
 _DEFAULT_TARGET = "xnnpack"
 _ORACLES = "skipstone.exporters.formats.executorch"
 _NOT_HERE = {
@@ -62,6 +65,7 @@ class _Request:
     mix: Mix
     target: Target
     calibration: CalibrationText | None
+    codes: FixedCodes | None
 
     @property
     def shape(self) -> Shape:
@@ -86,6 +90,7 @@ class _Request:
             scheme=self.mix.scheme.name,
             mix=self.mix.names,
             calibration=None if self.calibration is None else self.calibration.sha256,
+            codes=None if self.codes is None else self.codes.sha256,
             shape=self.shape,
             exits=reading.exits,
             draft_tokens=None if draft_tokens is None else draft_tokens.tolist(),
@@ -130,7 +135,7 @@ def export_executorch(
         draft_vocabulary=beside.vocabulary,
         methods=methods,
     )
-    mix, calibration = request.mix, request.calibration
+    mix, calibration, codes = request.mix, request.calibration, request.codes
     return Artefacts(
         model=reading.facts,
         exits=reading.exits,
@@ -140,13 +145,14 @@ def export_executorch(
             scheme=mix.scheme.name,
             mix=mix.names,
             calibration_sha256=None if calibration is None else calibration.sha256,
+            codes_sha256=None if codes is None else codes.sha256,
             bits_per_weight=8 * (folder / PROGRAM_FILE).stat().st_size / reading.num_weights,
         ),
         files=(PROGRAM_FILE, *beside.names),
         oracle=_oracle(request, scratch),
         probe=probe_of(reading.tokenizer, reading.facts),
         reference=reading.checkpoint.path,
-        min_agreement=mix.min_agreement,
+        min_agreement=mix.min_agreement if codes is None else _CARRIED_AGREEMENT,
         reference_tolerance=_EXACT_TOLERANCE if mix.exact else None,
         source_sha256=reading.sha256,
         engine=f"executorch {importlib.metadata.version('executorch')}",
@@ -161,12 +167,15 @@ def _check(source: str, options: ExportOptions, scratch: Path) -> _Request:
     quantize = options.quantize or "8da4w"
     scheme_of(quantize)  # an unknown one stops here
     reading = read_checkpoint(source, options, scratch, Room(_DEFAULT_CONTEXT, MAX_WIDTH))
-    mix = parse_mix(quantize, options.mix, reading.facts.num_layers)
+    if options.codes is None:
+        mix = parse_mix(quantize, options.mix, reading.facts.num_layers)
+    else:
+        mix = mix_of_codes(options.codes, reading.checkpoint.tensor_files)
     target = target_of(options.target or _DEFAULT_TARGET, mix)
     if reading.facts.encoder is not None:
         target = suited(target, mix)
     calibration = read_calibration(mix.scheme, options.calibration, reading.tokenizer)
-    return _Request(reading, mix, target, calibration)
+    return _Request(reading, mix, target, calibration, options.codes)
 
 
 def _write_program(request: _Request, output: Path, step: Callable[[str], None]) -> tuple[MethodEntry, ...]:
@@ -189,10 +198,10 @@ def _cut(request: _Request) -> CutModel:
     reading, shape = request.reading, request.shape
     folder, exits, encoder = reading.checkpoint.path, reading.exits, reading.facts.encoder
     if encoder is None:
-        return DecoderProgram(folder, exits, reading.draft_tokens, shape, request.calibration)
+        return DecoderProgram(folder, exits, reading.draft_tokens, shape, request.calibration, request.codes)
     limits = Limits(encoder.max_source_length, shape.slots)
     parts = cut_for_slots(folder, Cuts(exits, encoder.exits), limits, reading.draft_tokens)
-    return SourceProgram(parts, shape, limits.source)
+    return SourceProgram(parts, shape, limits.source, reading.draft_tokens, request.codes)
 
 
 def _runs_here(program: Path, target: Target, methods: set[str]) -> bool:

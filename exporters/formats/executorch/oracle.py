@@ -13,7 +13,10 @@ from torch import nn
 
 from skipstone.bundle import Bundle, ExecuTorchManifest, Quantization, manifest_of
 from skipstone.exporters.checkpoint import load_eager
+from skipstone.exporters.compress.folder import read_codes
+from skipstone.exporters.compress.work import FixedCodes
 from skipstone.exporters.formats.executorch.calibration import calibrated
+from skipstone.exporters.formats.executorch.codes import put_codes
 from skipstone.exporters.formats.executorch.methods import Shape, methods_of
 from skipstone.exporters.formats.executorch.modules import RowSegment, StaticKeyValues
 from skipstone.exporters.formats.executorch.schemes import (
@@ -38,7 +41,7 @@ class EagerDecoder:
     def __init__(self, bundle: Bundle, checkpoint: str) -> None:
         model = load_eager(Path(checkpoint))
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
-        _quantize(model, bundle.manifest.quantization)
+        _quantize(model, bundle.manifest.quantization, carried_codes(bundle, Path(checkpoint)))
         self._model = model
         self._dtype = next(model.model.layers.parameters()).dtype
 
@@ -99,14 +102,21 @@ def mix_of(quantization: Quantization) -> Mix:
     return Mix(scheme_of(quantization.scheme), exceptions)
 
 
-def _quantize(model: Any, quantization: Quantization) -> None:
+def carried_codes(bundle: Bundle, checkpoint: Path) -> FixedCodes | None:
+    """The codes that a bundle was given from its checkpoint; None: its weights were rounded when it was made."""
+    return None if bundle.manifest.quantization.codes_sha256 is None else read_codes(checkpoint)
+
+
+def _quantize(model: Any, quantization: Quantization, codes: FixedCodes | None) -> None:
     """Quantise transformers' model part by part; what calibration rounds stays in float32."""
     mix = mix_of(quantization)
     decoder = model.model
     parts = {"embed": nn.ModuleList([decoder.embed_tokens]), "head": nn.ModuleList([model.lm_head])}
     parts |= {f"layer_{index}": layer for index, layer in enumerate(decoder.layers)}
     for part, module in parts.items():
-        quantize(module, mix.of(part))
+        quantize(module, mix.of(part), mix.within(part))
+        if codes is not None:
+            put_codes(part, module, codes)
     decoder.embed_tokens, model.lm_head = parts["embed"][0], parts["head"][0]
     if mix.scheme.weight == "float16":
         model.half()

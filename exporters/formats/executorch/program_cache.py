@@ -17,7 +17,17 @@ from skipstone.runtimes.user_cache import cache_folder
 
 _CACHE_BYTES = 8 << 30
 # what a program depends on, of this package
-_MADE_BY = ("calibration", "coreml", "lowering", "methods", "modules", "schemes", "targets", "vulkan")
+_MADE_BY = (
+    "calibration",
+    "codes",
+    "coreml",
+    "lowering",
+    "methods",
+    "modules",
+    "schemes",
+    "targets",
+    "vulkan",
+)
 
 
 def cache_key(**ingredients: object) -> str:

@@ -78,15 +78,26 @@ class Mix:
 
     Attributes:
         scheme: of what is not named.
-        exceptions: by part: `embed`, `layer_0`, …, or `head`, which names the draft head too.
+        exceptions: by part: `embed`, `layer_0`, …, or `head`, which names the draft head too; or by a matrix within a
+            part, say `layer_0.mlp.down_proj`.
     """
 
     scheme: Scheme
     exceptions: Mapping[str, Scheme]
 
     def of(self, part: str) -> Scheme:
-        """The scheme of a part."""
-        return self.exceptions.get(part, self.scheme)
+        """The scheme of a part, or of a matrix within one."""
+        whole = self.exceptions.get(part.partition(".")[0], self.scheme)
+        return self.exceptions.get(part, whole)
+
+    def within(self, part: str) -> dict[str, Scheme]:
+        """The matrices in a part that differ from it, by their names there."""
+        prefix = f"{part}."
+        return {
+            name.removeprefix(prefix): scheme
+            for name, scheme in self.exceptions.items()
+            if name.startswith(prefix)
+        }
 
     @property
     def schemes(self) -> frozenset[Scheme]:
@@ -176,7 +187,7 @@ def quantize_parts(parts: Parts, mix: Mix) -> None:
         UsageError: a layer whose width is no multiple of the group.
     """
     for part, module in named_parts(parts):
-        quantize(module, mix.of(part))
+        quantize(module, mix.of(part), mix.within(part))
 
 
 def named_parts(parts: Parts) -> Iterator[tuple[str, nn.Module]]:
@@ -189,12 +200,22 @@ def named_parts(parts: Parts) -> Iterator[tuple[str, nn.Module]]:
             yield "head", head
 
 
-def quantize(module: nn.Module, scheme: Scheme) -> None:
+def quantize(module: nn.Module, scheme: Scheme, within: Mapping[str, Scheme] | None = None) -> None:
     """Quantise a module's linear layers and embeddings in place; embeddings alone where activations are calibrated.
+
+    Args:
+        module: of a model in float32.
+        scheme: of all layers that `within` does not name.
+        within: schemes of single layers, by their names in the module.
 
     Raises:
         UsageError: a layer whose width is no multiple of the group.
     """
+    if within:
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear | nn.Embedding):
+                quantize(layer, within.get(name, scheme))
+        return
     if scheme.weight is None:
         return
     if scheme.weight == "float16":
@@ -239,12 +260,13 @@ def _check_groups(module: nn.Module, scheme: Scheme) -> None:
             )
 
 
-def weight_bytes(module: nn.Module, scheme: Scheme) -> int:
-    """Bytes of weights that one call of a module reads, scales included. Call it before `quantize`."""
+def weight_bytes(module: nn.Module, scheme: Scheme, within: Mapping[str, Scheme] | None = None) -> int:
+    """Bytes of weights that one call of a module reads, scales included; as `quantize`, and to be called before it."""
     total = 0
-    for layer in module.modules():
+    for name, layer in module.named_modules():
+        own = scheme if within is None else within.get(name, scheme)
         for parameter in layer.parameters(recurse=False):
-            total += _stored_bytes(parameter, scheme, isinstance(layer, nn.Linear))
+            total += _stored_bytes(parameter, own, isinstance(layer, nn.Linear))
     return total
 
 

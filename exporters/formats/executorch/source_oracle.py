@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from skipstone.bundle import Bundle, ExecuTorchManifest, manifest_of
 from skipstone.exporters.encoder_decoder import Cuts, Limits
-from skipstone.exporters.formats.executorch.oracle import mix_of
-from skipstone.exporters.formats.executorch.source_program import cut_for_slots, quantize_parts
+from skipstone.exporters.formats.executorch.codes import put_codes_in_parts
+from skipstone.exporters.formats.executorch.oracle import carried_codes, mix_of
+from skipstone.exporters.formats.executorch.source_program import cut_for_slots, named_parts, quantize_parts
 
 FloatArray = NDArray[np.float32]
 
@@ -31,6 +32,9 @@ class EagerEncoderDecoder:
         limits = Limits(slots if encoder is None else encoder.max_source_length, slots)
         self._parts = cut_for_slots(Path(checkpoint), Cuts((), ()), limits, None)
         quantize_parts(self._parts, mix_of(manifest.quantization))
+        codes = carried_codes(bundle, Path(checkpoint))
+        if codes is not None:
+            put_codes_in_parts(named_parts(self._parts), codes, None)
 
     def logits(self, tokens: Sequence[int], source: Sequence[int] = ()) -> FloatArray:
         parts, places = self._parts, torch.arange(len(tokens))

@@ -14,6 +14,7 @@ from torch import nn
 
 from skipstone.errors import UsageError
 from skipstone.exporters import encoder_decoder, encoder_decoder_modules
+from skipstone.exporters.compress.work import FixedCodes
 from skipstone.exporters.encoder_decoder import (
     Cuts,
     EncoderDecoderParts,
@@ -24,6 +25,7 @@ from skipstone.exporters.encoder_decoder import (
 )
 from skipstone.exporters.encoder_decoder_modules import source_attention
 from skipstone.exporters.formats.executorch import source_modules
+from skipstone.exporters.formats.executorch.codes import put_codes_in_parts
 from skipstone.exporters.formats.executorch.coreml import infer_rows
 from skipstone.exporters.formats.executorch.methods import Method, Shape
 from skipstone.exporters.formats.executorch.schemes import Mix, quantize, weight_bytes
@@ -37,6 +39,7 @@ from skipstone.exporters.formats.executorch.targets import Target
 
 _EXAMPLE_WIDTH, _EXAMPLE_SOURCE = 5, 6
 _TARGET = "xnnpack"
+_CROSSING = "layer.1.EncDecAttention"
 
 
 class SourceProgram:
@@ -46,26 +49,39 @@ class SourceProgram:
         parts: the model, cut.
         shape: what the decoder can hold.
         source_length: most tokens of a source.
+        draft_tokens: token ids of the draft head's rows; None: no draft head.
+        codes: those that the checkpoint's weights have; None: they are rounded here.
     """
 
-    def __init__(self, parts: EncoderDecoderParts, shape: Shape, source_length: int) -> None:
+    def __init__(
+        self,
+        parts: EncoderDecoderParts,
+        shape: Shape,
+        source_length: int,
+        draft_tokens: NDArray[np.int32] | None = None,
+        codes: FixedCodes | None = None,
+    ) -> None:
         self._parts, self._shape, self._source_length = parts, shape, source_length
+        self._draft_tokens, self._codes = draft_tokens, codes
 
     def weight_bytes(self, mix: Mix) -> dict[str, int]:
         parts = self._parts
         sizes = {
             f"encoder_{index}": sum(
-                weight_bytes(layer, mix.of(part)) for part, layer in segment.layers.items()
+                weight_bytes(layer, mix.of(part), mix.within(part)) for part, layer in segment.layers.items()
             )
             for index, segment in enumerate(parts.encoder)
         }
         sizes["cross"] = weight_bytes(parts.source.norm, mix.scheme)
         for index, segment in enumerate(parts.decoder):
-            every = {part: weight_bytes(layer, mix.of(part)) for part, layer in segment.layers.items()}
-            crossing = sum(
-                weight_bytes(projection, mix.of(part))
+            every = {
+                part: weight_bytes(layer, mix.of(part), mix.within(part))
                 for part, layer in segment.layers.items()
-                for projection in (source_attention(layer).k, source_attention(layer).v)
+            }
+            crossing = sum(
+                weight_bytes(getattr(source_attention(layer), matrix), mix.of(f"{part}.{_CROSSING}.{matrix}"))
+                for part, layer in segment.layers.items()
+                for matrix in "kv"
             )
             sizes[f"segment_{index}"] = sum(every.values()) - crossing
             sizes["cross"] += crossing
@@ -76,6 +92,8 @@ class SourceProgram:
 
     def methods(self, mix: Mix, step: Callable[[str], None]) -> list[Method]:
         quantize_parts(self._parts, mix)
+        if self._codes is not None:
+            put_codes_in_parts(named_parts(self._parts), self._codes, self._draft_tokens)
         return list(methods_of(self._parts, self._shape, self._source_length))
 
 
@@ -121,7 +139,7 @@ def quantize_parts(parts: EncoderDecoderParts, mix: Mix) -> None:
     for part, module in (*named_parts(parts), ("norm", parts.source.norm)):
         scheme = mix.of(part)
         if scheme.weight != "float16":
-            quantize(module, scheme)
+            quantize(module, scheme, mix.within(part))
             continue
         for name, parameter in module.named_parameters():
             if not name.endswith("wo.weight"):

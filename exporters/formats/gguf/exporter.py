@@ -34,6 +34,7 @@ from skipstone.exporters.formats.gguf.prepare import bits_per_weight, prepare
 from skipstone.exporters.probe import probe_of
 
 _EXACT_TOLERANCE = 1e-3
+_CARRIED_AGREEMENT = 0.8  # with weights equal to the reference's, where activations alone are rounded
 _NOT_HERE = {
     "widths": "its graphs take any number of rows",
     "share_weights": "its weights lie in the file once",
@@ -83,6 +84,7 @@ def export_gguf(
         quantization=Quantization(
             scheme=prepared.scheme.name,
             imatrix_sha256=prepared.imatrix_sha256,
+            codes_sha256=None if options.codes is None else options.codes.sha256,
             bits_per_weight=bits_per_weight(model),
         ),
         files=(
@@ -94,7 +96,7 @@ def export_gguf(
         oracle=Oracle("skipstone.exporters.formats.gguf.oracle:UncutGguf", {"whole": str(prepared.whole)}),
         probe=probe_of(prepared.tokenizer, prepared.facts),
         reference=prepared.reference,
-        min_agreement=prepared.scheme.min_agreement,
+        min_agreement=prepared.scheme.min_agreement if options.codes is None else _CARRIED_AGREEMENT,
         reference_tolerance=_EXACT_TOLERANCE if prepared.scheme.name == "f32" else None,
         source_sha256=prepared.source_sha256,
         engine=f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}",

@@ -78,10 +78,12 @@ def _from_checkpoint(
     step("write")
     whole = scratch / "whole.gguf"
     source_length = DEFAULT_LENGTH if encoder is None else encoder.max_source_length
-    write_whole(checkpoint, whole, float_type, max_source_length=source_length)
+    write_whole(checkpoint, whole, float_type, max_source_length=source_length, codes=options.codes)
     parameters = sum(part.num_elements for part in GgufModel(whole).parts.values())
     facts = checkpoint_facts(checkpoint, tokenizer, context_length, parameters, encoder)
-    whole, imatrix = _quantized(whole, scheme, float_type, tokenizer, options, scratch, step)
+    imatrix = None
+    if options.codes is None:
+        whole, imatrix = _quantized(whole, scheme, float_type, tokenizer, options, scratch, step)
     return Prepared(
         whole=whole,
         scheme=scheme,

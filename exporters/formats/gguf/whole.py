@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import Checkpoint
 from skipstone.exporters.facts import DEFAULT_LENGTH
+from skipstone.exporters.formats.gguf.codes import put_codes
 from skipstone.exporters.formats.gguf.layout import Layout, Source
 from skipstone.exporters.formats.gguf.mapping import (
     Decoder,
@@ -32,7 +33,11 @@ from skipstone.exporters.formats.gguf.parts import (
     uint32,
     write_parts,
 )
+from skipstone.exporters.formats.gguf.schemes import SCHEMES
 from skipstone.exporters.formats.gguf.t5 import t5_layout
+
+if TYPE_CHECKING:
+    from skipstone.exporters.compress.work import FixedCodes
 
 _FLOAT_TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -48,6 +53,7 @@ def write_whole(
     *,
     tokenizer: dict[str, MetaValue] | None = None,
     max_source_length: int = DEFAULT_LENGTH,
+    codes: FixedCodes | None = None,
 ) -> None:
     """Write a checkpoint as one GGUF.
 
@@ -57,12 +63,19 @@ def write_whole(
         float_type: type of the matrices: f32, f16 or bf16; norms and biases are f32.
         tokenizer: `tokenizer.ggml.*` keys; None: the file says that it has no tokenizer.
         max_source_length: tokens of an encoder's source at most.
+        codes: written as they are in place of the weights that have them, in one of this format's schemes.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape than the configuration says, or is left over.
     """
     layout = layout_of(checkpoint, max_source_length)
     tensor_type, file_type = _FLOAT_TYPES[float_type]
+    parts = _parts(checkpoint, layout, tensor_type)
+    if codes is not None:
+        parts, file_type = (
+            put_codes(parts, layout, codes),
+            gguf.LlamaFileType(SCHEMES[codes.scheme].file_type),
+        )
     meta = {
         "general.type": string("model"),
         "general.name": string(checkpoint.name),
@@ -71,7 +84,7 @@ def write_whole(
         "general.quantization_version": uint32(gguf.GGML_QUANT_VERSION),
         **({"tokenizer.ggml.model": string("none")} if tokenizer is None else tokenizer),
     }
-    write_parts(path, layout.arch, meta, _parts(checkpoint, layout, tensor_type))
+    write_parts(path, layout.arch, meta, parts)
 
 
 def native_float_type(checkpoint: Checkpoint) -> str:

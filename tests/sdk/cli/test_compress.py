@@ -36,11 +36,24 @@ def test_steps_are_tabulated_or_told_as_json_and_the_folder_can_be_exported(
     assert record["steps"][0]["size"]["parameters"] < record["before"]["parameters"]
 
 
+def test_codes_that_a_step_chose_are_in_the_bundle(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    cache = {"SKIPSTONE_CACHE": str(tmp_path / "cache")}
+    flags = ("--compress", "quantize:scheme=q4_0,method=gptq", "--calibration", text, "--output")
+    done = skipstone("compress", tiny_checkpoint, *flags, tmp_path / "small", "--json", **cache)
+    assert json.loads(done.stdout)["steps"][0]["details"]["scheme"] == "q4_0"
+    done = skipstone("export", tmp_path / "small", "--output", tmp_path / "out", "--json", **cache)
+    quantization = json.loads(done.stdout)["quantization"]
+    assert quantization["scheme"] == "q4_0"
+    assert quantization["codes_sha256"]
+    refused = skipstone("export", tmp_path / "small", "--output", tmp_path / "other", "--quantize", "q8_0")
+    assert_refused(refused, "--quantize q4_0", "--requantize")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--compress", "drop_layers:count=9,by=top"], ["9 layers cannot go", "0 to 3"]),
-        (["--compress", "quantize:bits=4"], ["quantize", "--quantize"]),
+        (["--compress", "quantize:bits=4", "--format", "onnx"], ["quantize", "onnx"]),
         (["--recipe", "a.toml", "--compress", "melt"], ["--recipe and --compress"]),
         (["--compress", "drop_layers:count=1,by=top", "--format", "tarball"], ["tarball", "gguf"]),
     ],

@@ -12,6 +12,8 @@ from skipstone.errors import UsageError
 from skipstone.exporters.compress.activations import Inputs
 from skipstone.exporters.compress.hessian import inverse_factor
 from skipstone.exporters.compress.quantize import open_quantizer, quantizer_names
+from skipstone.exporters.compress.quantize.awq import find_scales
+from skipstone.exporters.compress.quantize.folds import Fold
 from skipstone.exporters.compress.quantize.gptq import settle
 from skipstone.exporters.compress.quantize.grid import Grid, Levels, Parts, grid_of
 from skipstone.exporters.compress.quantize.hqq import fit_minima, fit_scales
@@ -159,6 +161,58 @@ def test_half_quadratic_minima_are_torchaos() -> None:
     torch.testing.assert_close(ours.scale, scale, rtol=1e-5, atol=0)
     torch.testing.assert_close(ours.minimum, -zero * scale, rtol=1e-4, atol=1e-5)
     assert (ours.nearest(given) == codes).float().mean() > 0.999
+
+
+def test_half_quadratic_minima_let_outliers_be_wrong() -> None:
+    """Weights so large that errors are allowed; of ordinary ones the shrinking leaves nothing."""
+    with quiet_libraries():
+        from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
+
+    made = torch.Generator().manual_seed(11)
+    given = 40 * weight(16, 128)
+    given[torch.rand(given.shape, generator=made) < 0.03] *= 6.0
+    codes, scale, zero, _ = _choose_qparams_and_quantize_affine_hqq(
+        given, nbits=2, group_size=32, compute_dtype=torch.float32, device="cpu", raw_output=True
+    )
+    groups = given.reshape(16, 4, 32)
+    low, high = groups.amin(-1), groups.amax(-1)
+    start = Levels((high - low) / 3, low, 0, 3)
+    ours = fit_minima(given, start)
+    torch.testing.assert_close(ours.minimum, -(zero * scale).reshape(16, 4), rtol=1e-4, atol=1e-4)
+    assert (ours.nearest(given) == codes).float().mean() > 0.999
+
+    error = (ours.values(ours.nearest(given)) - given).abs()
+    allowed = error - error ** (0.7 - 1) / 10  # by the shrinking, in its first round
+    assert (allowed > 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_awq_finds_the_scales_that_torchao_finds(seed: int) -> None:
+    with quiet_libraries():
+        from torchao.prototype.awq.core import AWQObserver
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    made = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, 64, generator=made) * torch.logspace(-1, 1, 64)[torch.randperm(64, generator=made)]
+    given = weight(24, 64, seed=seed + 10)
+    observer = AWQObserver(given, None, IntxWeightOnlyConfig(torch.int4, PerGroup(32)))
+    observer(x, x)
+    expected = observer.calculate_qparams()
+    inputs = Inputs(400, (x.T @ x).double() / 400, x.abs().mean(0), x.abs().amax(0))
+    ours = find_scales([given], inputs, [grid_of("int4_g32")], Fold("norm", ("taker",)))
+    assert expected.max() > 1.5 * expected.min()  # there is something to find
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=0)
+
+
+def test_awq_goes_by_all_that_take_the_inputs_and_leaves_floats_out() -> None:
+    inputs, grid = correlated(columns=64), grid_of("q4_0")
+    first, second = weight(24, 64), 100 * weight(24, 64, seed=2)  # the second counts for more
+    fold = Fold("norm", ("first", "second"))
+    alone = find_scales([second], inputs, [grid], Fold("norm", ("second",)))
+    assert torch.equal(find_scales([first, second], inputs, [grid, grid], fold), alone)
+    assert torch.equal(find_scales([first, second], inputs, [None, grid], fold), alone)
+    assert torch.equal(find_scales([first, second], inputs, [None, None], fold), torch.ones(64))
 
 
 def test_half_quadratic_scales_are_torchaos() -> None:
