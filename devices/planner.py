@@ -60,7 +60,8 @@ def search(traces: Sequence[Trace], device: Device, hosts: Sequence[Host]) -> li
 
 
 def _worth(found: Prediction) -> float:
-    rough = found.plan.strategy in _TREES and found.plan.cut != WHOLE
+    plan = found.plan
+    rough = plan.cut != WHOLE and (plan.strategy in _TREES or plan.later_exit is not None)
     return found.tokens_per_second / (_ROUGH if rough else 1.0)
 
 

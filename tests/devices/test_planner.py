@@ -113,6 +113,14 @@ def test_a_second_trace_adds_its_plans(bench: Bench) -> None:
         search([first, other], Device(HERE), [measure_host(first)] * 2)
 
 
+def test_an_exit_that_judges_another_one_is_told_by_the_calls_too(bench: Bench) -> None:
+    run = bench.run("two-exits", HERE, believed=FLAT)[0].model_copy(update={"strategy": "layerskip"})
+    recorded = trace_of(HERE, bench.run("plain", HERE)[0], run)
+    plans = [each.plan for each in search([recorded], Device(HERE), [measure_host(recorded)])]
+    assert Plan("layerskip", exit=2, later_exit=4) in plans
+    assert "layerskip, exit 2 → exit 4, length ≤ 2" in [plan.label for plan in plans]
+
+
 def test_exits_are_told_by_the_calls(bench: Bench) -> None:
     for strategy, exit_layer, exits in (("layerskip", 4, (4,)), ("staged", 2, (2,)), ("plain", 2, ())):
         run, _ = bench.run(strategy, HERE, exit=exit_layer)

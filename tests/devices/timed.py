@@ -196,6 +196,9 @@ class Bench:
             return EarlyExitDrafter(exit, None, replace(shape, guesses=0, branching=1))
         if strategy == "staged":
             return EarlyExitDrafter(exit, text, shape)
+        if strategy == "two-exits":
+            first = EarlyExitDrafter(exit, None, replace(shape, guesses=0, branching=1))
+            return EarlyExitDrafter(4, first, shape)
         if strategy == "draft-model":
             model = self.engine(DRAFT_DEVICE, widths, draft=True)
             session = Session(TracedEngine(model, recorder, DRAFT_MODEL), model.max_context_length)
