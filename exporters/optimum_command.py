@@ -68,6 +68,8 @@ def add_flags(parser: ArgumentParser, flags: Sequence[Flag]) -> None:
             )
         elif flag.is_flag:
             group.add_argument(*_names(flag), dest=flag.name, action="store_true", help=_help(flag))
+        elif flag.multiple:
+            group.add_argument(*_names(flag), dest=flag.name, action="append", help=_help(flag))
         else:
             group.add_argument(*_names(flag), dest=flag.name, required=flag.required, help=_help(flag))
 
@@ -82,8 +84,11 @@ def command_line(flags: Sequence[Flag], chosen: Namespace) -> list[str]:
             continue
         if isinstance(flag, TyperArgument):
             arguments.append(value)
+        elif value is True:
+            options.append(flag.opts[0])
         else:
-            options.append(flag.opts[0] if value is True else f"{flag.opts[0]}={value}")
+            values = value if flag.multiple else [value]
+            options.extend(f"{flag.opts[0]}={each}" for each in values)
     return [*options, "--", *arguments]
 
 

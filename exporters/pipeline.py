@@ -2,6 +2,7 @@
 
     >>> from skipstone.exporters.pipeline import export_checkpoint
     >>> bundle = export_checkpoint("samples/models/coder", "out/", quantize="q8_0", exits=(2, 4))
+    >>> export_checkpoint("samples/models/coder", "out/", compress=parse_steps(["drop_layers:count=3,by=top"]))
 
 The bundle is written into a folder beside the target, put to the self-test there, and moved into place only
 after it passed; a failure of any kind leaves nothing behind. What this machine cannot run (a program compiled for
@@ -32,6 +33,8 @@ from skipstone.errors import ExportError, UsageError
 from skipstone.exporters import lexicon
 from skipstone.exporters.checkpoint import open_checkpoint
 from skipstone.exporters.compress.record import read_record
+from skipstone.exporters.compress.steps import Step as CompressionStep
+from skipstone.exporters.compress.steps import Target as CompressionTarget
 from skipstone.exporters.formats import (
     Artefacts,
     ExportOptions,
@@ -59,8 +62,8 @@ _UNTESTED = Parity(
 )
 _SCRATCH = ".scratch"
 _STEPS = (
-    "read", "write", "calibrate", "quantise", "trace", "lower", "save", "split", "draft head", "hash", "self-test",
-    "measure quality",
+    "compress", "read", "write", "calibrate", "quantise", "trace", "lower", "save", "split", "draft head", "hash",
+    "self-test", "measure quality",
 )  # fmt: skip
 
 
@@ -84,6 +87,8 @@ def export_checkpoint(
     share_weights: bool = False,
     max_source_length: int | None = None,
     held_out: str | os.PathLike[str] | None = None,
+    compress: Sequence[CompressionStep] = (),
+    compress_text: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -114,6 +119,9 @@ def export_checkpoint(
         share_weights: whether to add graphs that share their weights between widths (Qualcomm).
         max_source_length: tokens of an encoder's source at most; None: 512.
         held_out: text, or .jsonl of `{"text": …}`, to measure perplexity on.
+        compress: steps to take first (`skipstone.exporters.compress.recipe`); the artefact is then compared with the
+            checkpoint that they leave. Measured on `held_out`, or on `compress_text`.
+        compress_text: what these steps learn from.
         overwrite: replace a bundle that stands at `output`.
         progress: told of every step as it begins.
 
@@ -126,6 +134,10 @@ def export_checkpoint(
     """
     from skipstone.devices.profiles import load_profile
 
+    if compress:
+        from skipstone.exporters.compress.before_export import compress_first
+    elif compress_text is not None:
+        raise UsageError(f"--compress-text {compress_text}: no step would read it", hint="leave it out")
     profile = load_profile(device)
     codes = None if requantize else _fixed_codes(source)
     chosen = profile.choose_format(_format_for(codes, profile) if format is None else format)
@@ -160,7 +172,18 @@ def export_checkpoint(
     with bundle_in_progress(target, overwrite=overwrite) as folder:
         scratch = folder / _SCRATCH
         scratch.mkdir()
-        artefacts = exporter(os.fspath(source), options, folder, scratch, step)
+        made_from = os.fspath(source)
+        if compress:
+            made_from = compress_first(
+                source,
+                compress,
+                CompressionTarget(chosen, quantize, device),
+                scratch,
+                text=compress_text,
+                held_out=held_out,
+                report=step,
+            )
+        artefacts = exporter(made_from, options, folder, scratch, step)
         if text is not None and not artefacts.runs_here:
             raise UsageError(
                 f"--held-out {text}: this machine cannot run what is made for --device {device}",

@@ -44,6 +44,7 @@ def compress(
     calibration: str | os.PathLike[str] | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     held_out: str | os.PathLike[str] | None = None,
+    text_flag: str = "--calibration",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Compression:
@@ -57,6 +58,7 @@ def compress(
         calibration: text that steps learn from; .jsonl of `{"source": …, "target": …}` for an encoder-decoder.
         calibration_tokens: of it to read at most.
         held_out: text to measure every step on; None: the calibration text.
+        text_flag: what the user names the calibration text with.
         overwrite: replace a compressed checkpoint that stands at `output`.
         progress: told what is being done, how much of it is done, and how much there is.
 
@@ -68,12 +70,28 @@ def compress(
         CheckpointError: a source that cannot be compressed.
         BundleError: `output` cannot be written.
     """
-    run = _prepare(source, steps, target or Target(), calibration, calibration_tokens, held_out, progress)
+    texts = _Texts(
+        None if calibration is None else Path(calibration),
+        None if held_out is None else Path(held_out),
+        calibration_tokens,
+        text_flag,
+    )
+    run = _prepare(source, steps, target or Target(), texts, progress or silent)
     kind = {"marker": RECORD_FILE, "what": "compressed checkpoint"}
     with bundle_in_progress(Path(output), overwrite=overwrite, **kind) as folder:
         model, work, record = _carry_out(run)
         write_folder(model, work, record, folder)
     return record
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Files to learn from and to measure on, how many tokens of them to read, and the first one's flag."""
+
+    calibration: Path | None
+    held_out: Path | None
+    tokens: int
+    flag: str
 
 
 @dataclass(frozen=True)
@@ -101,18 +119,16 @@ def _prepare(
     source: str | os.PathLike[str],
     steps: Sequence[Step],
     target: Target,
-    calibration: str | os.PathLike[str] | None,
-    calibration_tokens: int,
-    held_out: str | os.PathLike[str] | None,
-    progress: Progress | None,
+    texts: _Texts,
+    progress: Progress,
 ) -> _Run:
     """Read the input and refuse what cannot work, before anything is done."""
     checkpoint = open_source(source)
-    check_steps(checkpoint, steps, target, has_text=calibration is not None)
+    check_steps(checkpoint, steps, target, has_text=texts.calibration is not None, flag=texts.flag)
     tokenizer, facts = load_tokenizer(checkpoint), facts_of(checkpoint)
     text, measured = (
-        None if file is None else read_windows(Path(file), flag, tokenizer, facts, calibration_tokens)
-        for file, flag in ((calibration, "--calibration"), (held_out, "--held-out"))
+        None if file is None else read_windows(file, flag, tokenizer, facts, texts.tokens)
+        for file, flag in ((texts.calibration, texts.flag), (texts.held_out, "--held-out"))
     )
     measured = text if measured is None else measured
     work = Work(
@@ -124,7 +140,7 @@ def _prepare(
         encoder_exits=recorded_encoder_exits(checkpoint.path, checkpoint.config),
         **_codes_in(checkpoint.path),
         cache=cache.kept_models(),
-        progress=progress or silent,
+        progress=progress,
     )
     source_sha256 = hash_checkpoint(checkpoint)
     keys = cache.step_keys(
@@ -138,8 +154,15 @@ def _prepare(
     return _Run(checkpoint, tuple(steps), work, measured, source_sha256, tuple(keys))
 
 
-def check_steps(checkpoint: Checkpoint, steps: Sequence[Step], target: Target, *, has_text: bool) -> None:
-    """Refuse steps that cannot work, each on the model that those before it leave.
+def check_steps(
+    checkpoint: Checkpoint,
+    steps: Sequence[Step],
+    target: Target,
+    *,
+    has_text: bool,
+    flag: str = "--calibration",
+) -> None:
+    """Refuse steps that cannot work, each on the model that those before it leave; `flag` would give a text.
 
     Raises:
         UsageError: naming the step; or there is none at all.
@@ -149,7 +172,7 @@ def check_steps(checkpoint: Checkpoint, steps: Sequence[Step], target: Target, *
     shape = shape_of(checkpoint)
     for step in steps:
         if step.needs_calibration and not has_text:
-            raise UsageError(f"{step.kind}: needs a text to learn from", hint="pass --calibration TEXT")
+            raise UsageError(f"{step.kind}: needs a text to learn from", hint=f"pass {flag} TEXT")
         shape = step.check(shape, target)
 
 

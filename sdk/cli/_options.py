@@ -10,6 +10,18 @@ import typer
 BundleFolder = Annotated[Path, typer.Argument(help="A bundle's folder.")]
 ManifestJson = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")]
 
+# Compression.
+CompressionRecipe = Annotated[
+    Path | None, typer.Option("--recipe", help="Recipe of compression (TOML): [[step]] tables.")
+]
+CompressionSteps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compress",
+        help="A step of compression, say drop_layers:count=3,by=cosine; may be repeated: taken in order.",
+    ),
+]
+
 # The engine.
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core")]
 ContextLength = Annotated[

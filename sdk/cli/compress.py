@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from skipstone.bundle import Compression, Fidelity, ModelSize
+from skipstone.cli._options import CompressionRecipe, CompressionSteps
 from skipstone.cli._progress import progress_bar
 from skipstone.errors import UsageError
 
@@ -22,15 +23,8 @@ if TYPE_CHECKING:
 def compress(
     checkpoint: Annotated[str, typer.Argument(help="Hugging Face folder or hub name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the smaller checkpoint.")],
-    recipe: Annotated[
-        Path | None, typer.Option(help="Recipe file (TOML): [[step]] tables.", show_default=False)
-    ] = None,
-    compress: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A step, say drop_layers:count=3,by=cosine; may be repeated: they are taken in order."
-        ),
-    ] = None,
+    recipe: CompressionRecipe = None,
+    compress: CompressionSteps = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text or .jsonl that steps learn from.", show_default=False)
     ] = None,

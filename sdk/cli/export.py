@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from skipstone.bundle import Manifest, Parity
-from skipstone.cli._options import ManifestJson
+from skipstone.cli._options import CompressionRecipe, CompressionSteps, ManifestJson
 from skipstone.cli._untested import untested
+from skipstone.cli.compress import read_steps
 from skipstone.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ def export(
     held_out: Annotated[
         Path | None, typer.Option(help="Text or .jsonl to measure the artefact's perplexity on.")
     ] = None,
+    recipe: CompressionRecipe = None,
+    compress: CompressionSteps = None,
+    compress_text: Annotated[
+        Path | None, typer.Option(help="Text or .jsonl that steps of compression learn from.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --output.")] = False,
     json: ManifestJson = False,
 ) -> None:
@@ -101,6 +107,7 @@ def export(
     chosen, chosen_of_encoder = parse_exits(exits), parse_exits(encoder_exits, "--encoder-exits")
     from skipstone.exporters.pipeline import export_checkpoint
 
+    steps = read_steps(recipe, compress) if recipe is not None or compress else ()
     with _progress(quiet=json) as report:
         bundle = export_checkpoint(
             checkpoint,
@@ -121,6 +128,8 @@ def export(
             share_weights=share_weights,
             max_source_length=max_source_length,
             held_out=held_out,
+            compress=steps,
+            compress_text=compress_text,
             overwrite=overwrite,
             progress=report,
         )

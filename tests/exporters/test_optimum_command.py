@@ -94,10 +94,11 @@ class TestCommandLine:
             output: Annotated[Path, typer.Option("--output", "-o")],
             quantize: Annotated[str | None, typer.Option(show_default="7 %")] = None,
             rows: Annotated[int | None, typer.Option()] = None,
+            step: Annotated[list[str] | None, typer.Option()] = None,
             overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
         ) -> None:
             taken["checkpoint"], taken["output"], taken["overwrite"] = checkpoint, output, overwrite
-            taken["quantize"], taken["rows"] = quantize, rows
+            taken["quantize"], taken["rows"], taken["step"] = quantize, rows, step
 
         ((command, _),) = optimum_commands(
             stand_in, lambda arguments: stand_in(args=list(arguments), standalone_mode=False) or 0
@@ -123,6 +124,7 @@ class TestCommandLine:
             (("--model", "m", "--output", "o", "--quantize="), {"quantize": ""}),
             (("--model", "m", "--output", "o", "--rows=-3"), {"rows": -3}),
             (("--model=--overwrite", "--output", "o"), {"checkpoint": "--overwrite"}),
+            (("-m", "m", "-o", "o", "--step", "a:b=1", "--step=c,d"), {"step": ["a:b=1", "c,d"]}),
         ],
     )
     def test_flags_arrive_as_they_were_given_and_others_keep_their_defaults(
@@ -138,6 +140,7 @@ class TestCommandLine:
             "output": Path("o"),
             "quantize": None,
             "rows": None,
+            "step": None,
             "overwrite": False,
         }
         assert taken == defaults | expected

@@ -69,7 +69,9 @@ class _Trial:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._bench = Bench.model_validate_json((folder / BENCH_FILE).read_bytes())
-        with quiet_libraries():  # in a new process transformers loads what quantisers it finds, and those write
+        with (
+            quiet_libraries()
+        ):  # in a new process transformers loads what quantisers it finds, and those write
             self._model = load_eager(folder / MODEL_FOLDER)
         texts = load_file(folder / TEXTS_FILE)
         sources = tuple(
