@@ -89,6 +89,7 @@ def _scatter(
     report: EvaluationReport, figure: Callable[[Row], float | None], front: Sequence[int], label: str
 ) -> str:
     """A point per row, the front's joined by a line."""
+    from matplotlib.ticker import ScalarFormatter
 
     def draw(axes: Axes) -> None:
         places = {
@@ -99,12 +100,19 @@ def _scatter(
         best = [places[index] for index in front]
         axes.plot([x for x, _ in best], [y for _, y in best], color="tab:blue", linewidth=1, zorder=1)
         for index, (x, y) in places.items():
-            colour = "tab:blue" if index in front else "tab:gray"
-            axes.scatter([x], [y], color=colour, zorder=2)
+            beaten = index not in front
+            axes.scatter([x], [y], color="tab:gray" if beaten else "tab:blue", zorder=2)
             axes.annotate(
-                report.rows[index].label, (x, y), xytext=(5, 4), textcoords="offset points", parse_math=False
+                report.rows[index].label,
+                (x, y),
+                xytext=(5, -11 if beaten else 4),
+                textcoords="offset points",
+                parse_math=False,
             )
-        axes.set(xlabel=label, ylabel=report.cost_name)
+        axes.set(xscale="log", xlabel=label, ylabel=report.cost_name)
+        axes.margins(x=0.2)  # for the names
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
 
     return _svg(draw)
 
@@ -119,6 +127,7 @@ def _exits(report: EvaluationReport) -> str:
                 name = row.label.replace("$", r"\$").lstrip("_")  # matplotlib's own signs
                 axes.plot([e.exit for e in found], [e.own_last for e in found], "o-", linewidth=1, label=name)
         axes.set(xlabel="exit (layers run)", ylabel="agreement with the last layer")
+        axes.set_xticks(sorted({found.exit for row in report.rows for found in row.prediction.exits}))
         axes.legend()
 
     return _svg(draw)
