@@ -30,7 +30,7 @@ from skipstone.bundle import (
     write_manifest,
 )
 from skipstone.errors import ExportError, UsageError
-from skipstone.exporters import lexicon
+from skipstone.exporters import draft_sibling, lexicon
 from skipstone.exporters.checkpoint import open_checkpoint
 from skipstone.exporters.compress.record import read_record
 from skipstone.exporters.compress.steps import Step as CompressionStep
@@ -89,6 +89,8 @@ def export_checkpoint(
     held_out: str | os.PathLike[str] | None = None,
     compress: Sequence[CompressionStep] = (),
     compress_text: str | os.PathLike[str] | None = None,
+    draft: str | os.PathLike[str] | None = None,
+    draft_quantize: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -122,6 +124,8 @@ def export_checkpoint(
         compress: steps to take first (`skipstone.exporters.compress.recipe`); the artefact is then compared with the
             checkpoint that they leave. Measured on `held_out`, or on `compress_text`.
         compress_text: what these steps learn from.
+        draft: checkpoint of a smaller model with the same vocabulary, to draft for this one from the same bundle.
+        draft_quantize: its scheme; None: that of its fixed codes, else as `quantize`.
         overwrite: replace a bundle that stands at `output`.
         progress: told of every step as it begins.
 
@@ -167,6 +171,8 @@ def export_checkpoint(
     text = None if held_out is None else Path(held_out)
     if text is not None:
         held_out_texts(text)  # one that cannot be read stops here
+    if draft is not None:
+        draft_sibling.check_sibling(source, draft)
     target = Path(output)
     step = _Reporter(progress)
     with bundle_in_progress(target, overwrite=overwrite) as folder:
@@ -192,13 +198,33 @@ def export_checkpoint(
         step("hash")
         manifest = _manifest(os.fspath(source), device, artefacts, folder)
         write_manifest(folder, manifest)
+        figures: dict[str, object] = {}
         if artefacts.runs_here:
             step("self-test")
-            figures: dict[str, object] = {"parity": run_self_test(folder, _self_test(artefacts), scratch)}
+            figures["parity"] = run_self_test(folder, _self_test(artefacts), scratch)
             if text is not None:
                 step("measure quality")
                 figures["quality"] = measure_quality(folder, text, artefacts.reference)
-            write_manifest(folder, manifest.model_copy(update=figures))
+        if draft is not None:
+            export_checkpoint(
+                draft,
+                folder / draft_sibling.FOLDER,
+                device=device,
+                format=chosen,
+                quantize=draft_quantize or (None if _fixed_codes(draft) is not None else options.quantize),
+                exits=(),
+                imatrix=imatrix,
+                calibration=calibration,
+                context_length=context_length,
+                widths=widths,
+                max_source_length=max_source_length,
+                progress=progress,
+            )
+            figures |= {
+                "draft_model": draft_sibling.FOLDER,
+                "files": (*manifest.files, *draft_sibling.list_sibling(folder)),
+            }
+        write_manifest(folder, manifest.model_copy(update=figures))
         shutil.rmtree(scratch)
     return open_bundle(target, verify_hashes=False)
 

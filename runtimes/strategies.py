@@ -193,13 +193,17 @@ def _judged(first: EarlyExitDrafter, materials: Materials) -> Drafter:
 
 def _draft_model(materials: Materials) -> Policy:
     if materials.draft_model is None:
-        raise UsageError("--strategy draft-model: no draft model given", hint="pass --assistant-model BUNDLE")
+        raise UsageError(
+            "--strategy draft-model: no draft model given, and none in this bundle",
+            hint="pass --assistant-model BUNDLE, or export with --draft CHECKPOINT",
+        )
     return FixedPolicy(materials.draft_model(materials.text_source(), _shape(materials)))
 
 
 def _auto(materials: Materials) -> Policy:
     text, guided = materials.text_source(), materials.guide_drafter()
-    return AutoPolicy(materials.engine, materials.costs, text, guided, materials.record)
+    draft = None if materials.draft_model is None else materials.draft_model(text, GrowthOptions())
+    return AutoPolicy(materials.engine, materials.costs, text, guided, materials.record, draft)
 
 
 STRATEGIES: dict[str, Callable[[Materials], Policy]] = {
@@ -213,6 +217,9 @@ STRATEGIES: dict[str, Callable[[Materials], Policy]] = {
     "recycling": _text("recycling"),
     "draft-model": _draft_model,
 }
+
+
+WITH_DRAFT_MODEL = ("auto", "draft-model")  # strategies that a draft model serves
 
 
 def chosen_exit(materials: Materials) -> int:

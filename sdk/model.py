@@ -47,7 +47,7 @@ from skipstone.runtimes.policies.auto import AutoPolicy, Record
 from skipstone.runtimes.prefix import common_prefix_length
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
-from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
+from skipstone.runtimes.strategies import WITH_DRAFT_MODEL, Materials, StrategyOptions, make_policy
 from skipstone.runtimes.text import TextCodec
 from skipstone.trials import texts_for, try_out
 
@@ -61,6 +61,7 @@ __all__ = [
     "load_draft_table",
     "load_model",
     "open_draft_bundle",
+    "own_draft_model",
 ]
 
 _COST_BUDGET_SECONDS = 2.0
@@ -147,7 +148,8 @@ class Model:
             sampling: how tokens are chosen; greedy by default.
             stop: strings that end the generation; they are not part of the text.
             options: what to fix of the strategy.
-            assistant_model: folder of a draft model's bundle, for strategy `draft-model`.
+            assistant_model: folder of a draft model's bundle, for strategies `draft-model` and `auto`; None: the one in
+                this bundle, if there is one.
             ignore_eos: go on after an end-of-text token.
             adaptive: where to stop early, at the price of an output that may differ; None: nowhere. See `calibrated`.
 
@@ -237,6 +239,8 @@ class Model:
         guide if need be.
         """
         options = options or StrategyOptions()
+        if assistant_model is None and strategy in WITH_DRAFT_MODEL:
+            assistant_model = own_draft_model(self.bundle)
         self._guide = () if options.guide is None else tuple(self.codec.tokens(options.guide))
         guide = None if options.guide is None else lambda: self._guide
         key = (strategy, replace(options, guide=None), assistant_model, guide is not None)
@@ -353,6 +357,12 @@ def _check_adaptive(strategy: str, sampler: Sampler) -> None:
         raise UsageError(
             "--early-exit-margin: decodes greedily", hint="leave --temperature and --repetition-penalty out"
         )
+
+
+def own_draft_model(bundle: Bundle) -> str | None:
+    """Folder of the draft model's bundle in this one; None where there is none."""
+    name = bundle.manifest.draft_model
+    return None if name is None else str(bundle.path / name)
 
 
 def open_draft_bundle(path: str, target: Bundle, codec: TextCodec) -> Bundle:

@@ -63,6 +63,8 @@ class DraftModelDrafter:
         room = session.context_length - request.limit - self._options.guesses
         if not self._fits or len(request.context) >= room:
             return TokenTree()
+        if not self._affords_to_follow(request):
+            return TokenTree()
         self._follow(request.context[:-1])
         (root,) = session.push(request.context[-1:])
         return self._grower.grow(
@@ -78,6 +80,11 @@ class DraftModelDrafter:
         self._session.close()
         if self._source is not None:
             self._source.close()
+
+    def _affords_to_follow(self, request: DraftRequest) -> bool:
+        """Whether catching up, with a whole prompt say, takes no more seconds than the round may."""
+        missing = len(request.context) - common_prefix_length(self._session.tokens, request.context[:-1])
+        return self._costs.run(0, self._session.exits[-1], missing) <= request.ceiling
 
     def _follow(self, context: Sequence[int]) -> None:
         """Make the draft session's context equal to `context`; rows drafted before are found again, new ones lag."""

@@ -162,6 +162,7 @@ class AutoPolicy:
         text: drafts from text alone; the arms build on it.
         guided: copies what the output may resemble, and is tried before all others; None where there is nothing.
         record: what arms brought before, by their drafters' names; those it does not name begin anew.
+        draft: a draft model's drafter, whose source is `text`; None where there is none.
     """
 
     def __init__(
@@ -171,12 +172,16 @@ class AutoPolicy:
         text: Drafter,
         guided: Drafter | None = None,
         record: Mapping[str, Record] | None = None,
+        draft: Drafter | None = None,
     ) -> None:
-        self._texts, self._costs = [part for part in (guided, text) if part is not None], costs
+        # a draft model resets its source along with itself
+        self._texts, self._costs = [part for part in (guided, draft or text) if part is not None], costs
         self._seconds, self._plain_rounds = costs.plain, 0  # of a plain token, and how many were measured
         self._arms = [Arm(GatedDrafter(text))]
         if engine.draft_vocabulary is not None:
             self._arms += [Arm(EarlyExitDrafter(e, text), _HOPE**2) for e in engine.exits[:-1]]
+        if draft is not None:
+            self._arms.append(Arm(draft, _HOPE**2))
         if guided is not None:
             self._arms.append(Arm(GatedDrafter(guided), _HOPE**3))
         for arm in self._arms:

@@ -25,11 +25,11 @@ from skipstone.builtin_texts import PROMPTS, SOURCES
 from skipstone.bundle import Bundle, open_bundle
 from skipstone.errors import ContextFullError, UsageError
 from skipstone.inputs import ModelInput, encode_input
-from skipstone.model import load_curve
+from skipstone.model import load_curve, own_draft_model
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.generate import GenerationLimits
 from skipstone.runtimes.sampling import SamplingConfig
-from skipstone.runtimes.strategies import StrategyOptions
+from skipstone.runtimes.strategies import WITH_DRAFT_MODEL, StrategyOptions
 
 PLAIN = "plain"
 CONTROL = "plain-again"  # the row of a second plain decoding
@@ -57,7 +57,8 @@ class BenchOptions:
             encoder-decoder says ends there in any case.
         sampling: greedy by default; a seed of None means 0 here.
         strategy_options: what to fix of the strategies.
-        assistant_model: folder of a draft model's bundle, for strategy `draft-model`.
+        assistant_model: folder of a draft model's bundle, for strategies `draft-model` and `auto`; None: the one in the
+            bundle, if there is one.
         control: run plain decoding a second time; what its row shows beside 1× is the machine's noise.
         baselines: also run what a user could run instead, on `whole_gguf`.
         whole_gguf: the uncut model.
@@ -159,6 +160,8 @@ class _Bench:
     """Everything opened that the rows need."""
 
     def __init__(self, bundle: Bundle, options: BenchOptions) -> None:
+        if options.assistant_model is None:
+            options = replace(options, assistant_model=own_draft_model(bundle))
         self._options, self._stack = options, ExitStack()
         _check_texts(bundle, options)
         gguf = _whole_gguf(bundle, options) if options.baselines else None
@@ -323,7 +326,7 @@ class _Bench:
             threads=self.target.curve.threads,
             context_length=self.target.session.context_length,
             kv_type=self.kv_type,
-            assistant_model=options.assistant_model if strategy == "draft-model" else None,
+            assistant_model=options.assistant_model if strategy in WITH_DRAFT_MODEL else None,
             assistant_early_exit=options.strategy_options.assistant_early_exit,
             whole_gguf=str(options.whole_gguf) if strategy in self._baselines else None,
             place={str(where): os.fspath(folder) for where, folder in (options.place or {}).items()},

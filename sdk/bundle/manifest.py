@@ -244,6 +244,8 @@ class ManifestBase(Record):
 
     `parity` is None only where the artefact could not be run on the machine that exported it; `calibrations` come later,
     at most one of each knob. `compression`: what the checkpoint had gone through, None where there is no record of it.
+    `draft_model`: a folder below this one with the bundle of a smaller model of the same vocabulary, to draft for this
+    one; None where there is none; `files` lists its files too.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -252,6 +254,7 @@ class ManifestBase(Record):
     exits: tuple[int, ...]
     draft_table: str | None = None
     lexicon: str | None = None
+    draft_model: Annotated[str, Field(pattern=r"^[a-z-]+$")] | None = None
     tokenizer: str = "tokenizer.json"
     quantization: Quantization
     parity: Parity | None
@@ -272,7 +275,8 @@ class ManifestBase(Record):
         """What each named file holds, for people."""
         table = {} if self.draft_table is None else {self.draft_table: "n-gram table to draft from"}
         words = {} if self.lexicon is None else {self.lexicon: "words to draft corrections from"}
-        return {self.tokenizer: "tokenizer", **table, **words, **self._artefacts()}
+        sibling = {} if self.draft_model is None else {f"{self.draft_model}/{MANIFEST_NAME}": "draft model"}
+        return {self.tokenizer: "tokenizer", **table, **words, **sibling, **self._artefacts()}
 
     def _artefacts(self) -> dict[str, str]:
         """The part of `contents` that the format's own entries name."""

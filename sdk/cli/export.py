@@ -100,6 +100,13 @@ def export(
     compress_text: Annotated[
         Path | None, typer.Option(help="Text or .jsonl that steps of compression learn from.")
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint of a smaller model with the same vocabulary, to draft for this one."),
+    ] = None,
+    draft_quantize: Annotated[
+        str | None, typer.Option(help="The draft model's scheme.", show_default="as --quantize")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --output.")] = False,
     json: ManifestJson = False,
 ) -> None:
@@ -130,6 +137,8 @@ def export(
             held_out=held_out,
             compress=steps,
             compress_text=compress_text,
+            draft=draft,
+            draft_quantize=draft_quantize,
             overwrite=overwrite,
             progress=report,
         )

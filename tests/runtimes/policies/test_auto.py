@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 import skipstone.runtimes.generate as generate_module
 import skipstone.runtimes.policies.auto as auto_module
+from skipstone.bundle import CostCurve
 from skipstone.runtimes.costs import CostModel
+from skipstone.runtimes.drafters import text_drafter
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
+from skipstone.runtimes.drafters.draft_model import DraftModelDrafter
 from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.generate import Choice, FixedPolicy, GenerationLimits, Outcome, Policy, Step, generate
-from skipstone.runtimes.policies.auto import Arm, Record
+from skipstone.runtimes.policies.auto import Arm, AutoPolicy, Record
 from skipstone.runtimes.rows import RowTree
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
@@ -169,6 +174,38 @@ def test_an_arm_that_turns_bad_sleeps_and_is_tried_again_ever_more_seldom() -> N
     first, second = sum(bad[:500]), sum(bad[500:])
     assert second <= first
     assert sum(play(3_000, tokens_when_drafting=4)) > 1_500, "an arm that pays again comes back"
+
+
+def with_draft_model(clock: Clock, price: float) -> tuple[float, list[Step]]:
+    """Speed-up of `auto` on drawn text with a twin of the model to draft for it, at a part of its price."""
+    engine, twin = (
+        TimedEngine(seed=4, depth_scale=3.0, sharpness=2.0, context_length=TOKENS + 8) for _ in range(2)
+    )
+    engine.wild = twin.wild = True
+    engine.run_on(clock, toy_costs(engine, slope=0.05))
+    widths = (1, 32)
+    seconds = tuple(1e-3 * price * (1.0 + 0.05 * (width - 1)) for width in widths)
+    curve = CostCurve(widths=widths, segments=(seconds,) * 3, threads=1, machine="toy")
+    twin.run_on(clock, CostModel(curve, twin.exits))
+    text = text_drafter("prompt-lookup", engine.vocab_size)
+    draft = DraftModelDrafter(Session(twin), twin.costs, "twin", text)
+    plain, _ = seconds_per_token(FixedPolicy(None), engine, engine.costs, clock)
+    policy = AutoPolicy(engine, engine.costs, text, draft=draft)
+    auto, steps = seconds_per_token(policy, engine, engine.costs, clock)
+    draft.close()
+    return plain / auto, steps
+
+
+def test_a_draft_model_that_is_cheap_and_right_is_used_instead_of_exits_and_text(clock: Clock) -> None:
+    speedup, steps = with_draft_model(clock, price=0.1)
+    assert speedup > 1.2
+    used = Counter(step.drafter for step in steps if step.drafter)
+    assert used.most_common(1)[0][0] == "n-gram → twin"
+
+
+def test_a_draft_model_as_dear_as_the_model_costs_next_to_nothing(clock: Clock) -> None:
+    speedup, _ = with_draft_model(clock, price=1.0)
+    assert speedup > 0.97
 
 
 def test_what_was_learned_stays_for_the_next_generation(clock: Clock) -> None:

@@ -1,0 +1,76 @@
+"""A smaller model in the same bundle that drafts for it: exported, checked, and lossless."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from skipstone.bundle import open_bundle
+from skipstone.errors import BundleError, UsageError, VocabularyMismatchError
+from skipstone.exporters.compress.recipe import parse_steps
+from skipstone.exporters.compress.run import compress
+from skipstone.exporters.draft_sibling import check_sibling
+from skipstone.exporters.pipeline import export_checkpoint
+from skipstone.model import load_model
+from skipstone.runtimes.policies.auto import AutoPolicy
+from tests.exporters.conftest import MakeTiny
+
+PROMPT = "def read_lines(path):\n    "
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKIPSTONE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def sibling_of(checkpoint: Path, folder: Path, dropped: int) -> Path:
+    """The checkpoint without some of its layers."""
+    compress(checkpoint, folder, parse_steps([f"drop_layers:count={dropped},by=alternate"]))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_a_pruned_sibling_of_the_shipped_model_drafts_losslessly_and_auto_may_use_it(
+    coder_checkpoint: Path, tmp_path: Path
+) -> None:
+    sibling = sibling_of(coder_checkpoint, tmp_path / "small", 4)
+    bundle = export_checkpoint(
+        coder_checkpoint, tmp_path / "out", quantize="none", draft=sibling, draft_quantize="q8_0"
+    )
+    inner = open_bundle(bundle.path / "draft")
+    assert bundle.manifest.draft_model == "draft"
+    assert inner.manifest.model.num_layers == 8
+    assert inner.manifest.quantization.scheme == "q8_0"
+    assert inner.manifest.exits == ()
+    with load_model(bundle.path, threads=1, context_length=128) as model:
+        expected = model.generate(PROMPT, max_new_tokens=48, strategy="plain", ignore_eos=True)
+        drafted = model.generate(PROMPT, max_new_tokens=48, strategy="draft-model", ignore_eos=True)
+        assert drafted.tokens == expected.tokens
+        assert drafted.stats.accepted > 10
+        chosen = model.generate(PROMPT, max_new_tokens=48, strategy="auto", ignore_eos=True)
+        assert chosen.tokens == expected.tokens
+        policy = model.policy("auto")
+        assert isinstance(policy, AutoPolicy)
+        assert any(arm.endswith(f"→ {inner.manifest.model.name}") for arm in policy.record)
+    damaged = next((bundle.path / "draft").glob("*.gguf"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleError, match="draft"):
+        open_bundle(bundle.path)
+
+
+def test_siblings_that_cannot_draft_are_refused(
+    tiny: MakeTiny, tiny_t5: MakeTiny, coder_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(VocabularyMismatchError, match="4096 tokens"):
+        export_checkpoint(tiny("llama"), tmp_path / "out", draft=coder_checkpoint)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="a checkpoint was expected"):
+        check_sibling(tiny("llama"), "small.gguf")
+    with pytest.raises(UsageError, match="an encoder-decoder, and the model is a decoder alone"):
+        check_sibling(tiny("llama"), tiny_t5("t5"))
+    other = shutil.copytree(tiny("llama"), tmp_path / "other")
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace("<tool>", "<loot>"), encoding="utf-8")
+    with pytest.raises(VocabularyMismatchError, match="loot"):
+        check_sibling(tiny("llama"), other)
