@@ -101,3 +101,17 @@ def test_a_compressed_model_in_gguf_is_smaller_and_every_strategy_says_what_plai
     )
     assert size(bundle) < 0.9 * size(open_bundle(coder_bundle_f32))
     assert_strategies_agree(tmp_path / "out", PROMPTS)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_a_compressed_model_in_executorch_is_smaller_and_every_strategy_says_what_plain_decoding_says(
+    tiny: MakeTiny, tmp_path: Path
+) -> None:
+    flags = {"format": "executorch", "quantize": "none", "exits": (1,), "context_length": 64}
+    whole = export_checkpoint(tiny("gentle"), tmp_path / "whole", **flags)  # type: ignore[arg-type]
+    steps = parse_steps(["drop_layers:layers=2", "prune_width:keep=64,by=magnitude,refit=false"])
+    bundle = export_checkpoint(tiny("gentle"), tmp_path / "out", compress=steps, **flags)  # type: ignore[arg-type]
+    assert size(bundle) < size(whole)
+    assert bundle.manifest.model.num_layers == whole.manifest.model.num_layers - 1
+    assert_strategies_agree(tmp_path / "out", ["A river is never"])
