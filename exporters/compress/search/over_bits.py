@@ -39,7 +39,8 @@ _METHOD = "rtn"
 def make_units(model: Any, work: Work, search: Search, folder: Path) -> tuple[tuple[Unit, ...], float]:
     """See `Ways`: one unit per layer, each level quantised by itself, behind layers that are as they were."""
     size = measure_size(model, work)
-    width, scheme = float(torch.float32.itemsize), str(search.scheme)  # as a folder with codes keeps what has none
+    scheme = str(search.scheme)
+    width = float(torch.float32.itemsize)  # a folder keeps what has no codes so, beside some that have
     base = layouts(model, scheme, {})
     everywhere = [_place(f"{stack.name}.{n}") for stack in stacks_of(model) for n in range(len(stack.blocks))]
     by_label = {

@@ -159,6 +159,18 @@ def test_an_encoder_decoder_is_stored_as_it_was_judged(tiny_t5: MakeTiny) -> Non
     assert details["cost"] == measure_size(model, work).num_bytes <= details["budget"]
 
 
+def test_a_size_holds_for_a_source_in_two_bytes_whose_norms_take_four_beside_codes(
+    tiny: MakeTiny, tmp_path: Path
+) -> None:
+    model = load_eager(tiny("llama"))
+    model.bfloat16().save_pretrained(tmp_path / "half")
+    (tmp_path / "half" / "tokenizer.json").write_bytes((tiny("llama") / "tokenizer.json").read_bytes())
+    work, model = work_for(tmp_path / "half"), load_eager(tmp_path / "half")
+    options = {"scheme": "q4_0", "target_size": "33%", "generations": 2, "offspring": 2}
+    details = Search(over="bits", **options).apply(model, work)
+    assert details["cost"] == measure_size(model, work).num_bytes <= details["budget"]
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_process_finds_and_write_nothing(
     tiny: MakeTiny, capfd: pytest.CaptureFixture[str]
