@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from skipstone.benchmark.meter import MeteredEngine, placed_bytes
 from skipstone.benchmark.tracing import Recorder, TracedPolicy, witnessed
@@ -53,6 +52,7 @@ class Subject:
         facts = bundle.manifest.model
         self.bundle, self._options, self._planned = bundle, options, curve
         self._sampler: CurveSampler | None = None
+        self._first_records: dict[Subject | None, Mapping[str, Record]] = {}
         bos = facts.bos_token_id if facts.add_bos else None
         self.codec = TextCodec(bundle.file(bundle.manifest.tokenizer), facts.vocab_size, bos)
         self.table, self.amendments = load_draft_table(bundle), load_amendments(bundle, self.codec)
@@ -98,14 +98,15 @@ class Subject:
         )
         return new_curve(self.bundle, self._raw, self._options, curve, COST_SECONDS)
 
-    @cached_property
-    def first_record(self) -> Mapping[str, Record]:
-        """What `auto` finds when a bundle is first used; the session's content is lost."""
-        policy = new_policy("auto", self, None, StrategyOptions(), record={})
-        if not isinstance(policy, AutoPolicy):
-            raise AssertionError("auto is an AutoPolicy")
-        try_out(policy, self.session, texts_for(self.codec, self.bundle.manifest.model), self.costs)
-        return policy.record
+    def first_record(self, draft: Subject | None = None) -> Mapping[str, Record]:
+        """What `auto` finds when a bundle is first used, with a draft model or without; what sessions hold is lost."""
+        if draft not in self._first_records:
+            policy = new_policy("auto", self, draft, StrategyOptions(), record={})
+            if not isinstance(policy, AutoPolicy):
+                raise AssertionError("auto is an AutoPolicy")
+            try_out(policy, self.session, texts_for(self.codec, self.bundle.manifest.model), self.costs)
+            self._first_records[draft] = policy.record
+        return self._first_records[draft]
 
     def restart(self) -> None:
         """Forget the sequence and what was metered."""
@@ -177,7 +178,7 @@ def new_policy(
         guide,
         lambda: target.codec.word_starts,
         target.amendments,
-        target.first_record if record is None and strategy == "auto" else record,
+        target.first_record(draft) if record is None and strategy == "auto" else record,
         recorder=recorder,
     )
     policy = make_policy(strategy, materials)

@@ -114,7 +114,7 @@ def run(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, object]:
         "over_best_fixed": {
             row["way"]: row["speedup"] / best["speedup"] for row in rows if row["way"] in (AUTO, NEW)
         },
-        "first_record": {name: asdict(record) for name, record in subject.first_record.items()},
+        "first_record": {name: asdict(record) for name, record in subject.first_record().items()},
         "rows": rows,
     }
 
