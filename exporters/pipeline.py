@@ -32,7 +32,7 @@ from skipstone.bundle import (
 from skipstone.errors import ExportError, UsageError
 from skipstone.exporters import draft_sibling, lexicon
 from skipstone.exporters.checkpoint import open_checkpoint
-from skipstone.exporters.compress.record import read_record
+from skipstone.exporters.compress.record import has_codes, read_record
 from skipstone.exporters.compress.steps import Step as CompressionStep
 from skipstone.exporters.compress.steps import Target as CompressionTarget
 from skipstone.exporters.formats import (
@@ -233,9 +233,12 @@ def _fixed_codes(source: str | os.PathLike[str]) -> FixedCodes | None:
     """The codes that a checkpoint's weights have, if they have any."""
     if os.fspath(source).endswith(".gguf"):
         return None
-    from skipstone.exporters.compress.folder import read_codes
+    folder = Path(source) if Path(source).is_dir() else open_checkpoint(source).path
+    if not has_codes(folder):
+        return None
+    from skipstone.exporters.compress.folder import read_codes  # needs torch
 
-    return read_codes(open_checkpoint(source).path)
+    return read_codes(folder)
 
 
 def _format_for(codes: FixedCodes | None, profile: DeviceProfile) -> str | None:

@@ -22,11 +22,11 @@ from torch import Tensor
 from skipstone.bundle import Compression, ModelSize, hash_file
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import quiet_loading
-from skipstone.exporters.compress.record import write_record
+from skipstone.exporters.compress.record import QUANTIZATION_FILE, has_codes, write_record
 from skipstone.exporters.compress.work import Codes, FixedCodes, Work
 from skipstone.exporters.exits import CONFIG_KEY, ENCODER_CONFIG_KEY, EXITS_FILE
 
-QUANTIZATION_FILE, CODES_FILE = "quantization.json", "codes.safetensors"
+CODES_FILE = "codes.safetensors"
 _CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "generation_config.json",
@@ -62,7 +62,7 @@ def read_codes(folder: Path) -> FixedCodes | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not (folder / QUANTIZATION_FILE).is_file():
+    if not has_codes(folder):
         return None
     try:
         listed = json.loads((folder / QUANTIZATION_FILE).read_text(encoding="utf-8"))

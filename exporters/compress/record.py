@@ -1,4 +1,4 @@
-"""What was done to a checkpoint, in a file beside its weights: compression.json. Without torch."""
+"""What was done to a checkpoint, in files beside its weights, and whether codes are fixed. Without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from pydantic import ValidationError
 from skipstone.bundle import Compression
 from skipstone.errors import CheckpointError
 
-RECORD_FILE = "compression.json"
+RECORD_FILE, QUANTIZATION_FILE = "compression.json", "quantization.json"
+
+
+def has_codes(folder: Path) -> bool:
+    """Whether the codes of a checkpoint's weights are fixed (`skipstone.exporters.compress.folder.read_codes`)."""
+    return (folder / QUANTIZATION_FILE).is_file()
 
 
 def write_record(record: Compression, folder: Path) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from skipstone.errors import CheckpointError, UsageError
-from skipstone.exporters.compress.folder import CODES_FILE, QUANTIZATION_FILE, read_codes
+from skipstone.exporters.compress.folder import CODES_FILE, read_codes
 from skipstone.exporters.compress.quantize.step import Quantize
+from skipstone.exporters.compress.record import QUANTIZATION_FILE
 from skipstone.exporters.pipeline import export_checkpoint
 from tests.exporters.compress.carried import quantized
 from tests.exporters.conftest import MakeTiny
