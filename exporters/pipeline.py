@@ -142,6 +142,9 @@ def export_checkpoint(
         from skipstone.exporters.compress.before_export import compress_first
     elif compress_text is not None:
         raise UsageError(f"--compress-text {compress_text}: no step would read it", hint="leave it out")
+    text = None if held_out is None else Path(held_out)
+    if text is not None:
+        held_out_texts(text)  # one that cannot be read stops here
     profile = load_profile(device)
     codes = None if requantize else _fixed_codes(source)
     chosen = profile.choose_format(_format_for(codes, profile) if format is None else format)
@@ -168,9 +171,6 @@ def export_checkpoint(
     )
     if codes is not None:
         _refuse_other_codes(source, codes, chosen, options)
-    text = None if held_out is None else Path(held_out)
-    if text is not None:
-        held_out_texts(text)  # one that cannot be read stops here
     if draft is not None:
         draft_sibling.check_sibling(source, draft)
     target = Path(output)
