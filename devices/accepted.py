@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from skipstone.bundle import Bundle
-from skipstone.devices.kept import artefacts_hash, folders, keep_text
+from skipstone.devices.kept import artefacts_hash, keep_text, kept_contents
 from skipstone.devices.placement import Acceptance
 from skipstone.devices.simulator import PLAIN
 from skipstone.devices.traces import Run, Trace
@@ -112,13 +112,9 @@ def keep_acceptance(bundle: Bundle, trace: Trace) -> Path | None:
 
 def kept_acceptance(bundle: Bundle) -> Acceptance | None:
     """What was kept; None where nothing was, or what was is damaged, newer, or of other artefacts."""
-    for folder in folders(bundle):
-        try:
-            found = _File.model_validate_json((folder / _NAME).read_bytes())
-        except (OSError, ValidationError):
-            continue
+    for path, found in kept_contents(bundle, _NAME, _File):
         if found.artefacts == artefacts_hash(bundle) and len(found.exits) == len(bundle.manifest.exits):
-            return Acceptance(found.exits, found.text, str(folder / _NAME))
+            return Acceptance(found.exits, found.text, str(path))
     return None
 
 

@@ -8,12 +8,17 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from skipstone.bundle import Bundle
 from skipstone.runtimes.user_cache import cache_folder
 
 _FOLDER = ".skipstone"
+_Content = TypeVar("_Content", bound=BaseModel)
 
 
 def artefacts_hash(bundle: Bundle) -> str:
@@ -26,6 +31,15 @@ def artefacts_hash(bundle: Bundle) -> str:
 def folders(bundle: Bundle) -> tuple[Path, Path]:
     """Where to look, in this order; they need not be there."""
     return bundle.path / _FOLDER, cache_folder() / "costs" / artefacts_hash(bundle)[:16]
+
+
+def kept_contents(bundle: Bundle, name: str, kind: type[_Content]) -> Iterator[tuple[Path, _Content]]:
+    """Files of a name that hold what is expected, in the folders' order; damaged and newer ones count as none."""
+    for folder in folders(bundle):
+        try:
+            yield folder / name, kind.model_validate_json((folder / name).read_bytes())
+        except (OSError, ValidationError):
+            continue
 
 
 def keep_text(bundle: Bundle, name: str, text: str) -> Path | None:

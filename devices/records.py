@@ -16,11 +16,11 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from skipstone.bundle import Bundle
 from skipstone.devices.curves import CurveKey
-from skipstone.devices.kept import folders, keep_text
+from skipstone.devices.kept import keep_text, kept_contents
 from skipstone.runtimes.policies.auto import Record
 
 _EVERY_SECONDS = 30.0
@@ -80,11 +80,7 @@ class KeptRecord:
 
 def kept_records(bundle: Bundle, key: CurveKey) -> dict[str, Record]:
     """By the drafters' names; empty where nothing was kept, or what was is damaged, newer or of another machine."""
-    for folder in folders(bundle):
-        try:
-            found = _File.model_validate_json((folder / _name(key)).read_bytes())
-        except (OSError, ValidationError):
-            continue
+    for _, found in kept_contents(bundle, _name(key), _File):
         if found.key == key:
             return {name: Record(sums.rounds, sums.tokens, sums.price) for name, sums in found.ways.items()}
     return {}

@@ -112,7 +112,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: not found, not a checkpoint, a task other than text generation, or an encoder-decoder that is
             no T5.
     """
-    folder = _find_folder(os.fspath(source))
+    folder = find_folder(source)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: no config.json found",
@@ -145,17 +145,22 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _find_folder(source: str) -> Path:
-    folder = Path(source)
+def find_folder(source: str | os.PathLike[str]) -> Path:
+    """A checkpoint's folder, fetched if a hub name is given; nothing in it is read, and torch is not needed.
+
+    Raises:
+        CheckpointError: not found.
+    """
+    folder, named = Path(source), os.fspath(source)
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{source}: a file that is neither a checkpoint folder nor a .gguf file")
-    if not _HUB_NAME.match(source):
+        raise CheckpointError(f"{named}: a file that is neither a checkpoint folder nor a .gguf file")
+    if not _HUB_NAME.match(named):
         raise CheckpointError(
-            f"{source}: no such folder", hint="pass a checkpoint folder, a hub name or a .gguf file"
+            f"{named}: no such folder", hint="pass a checkpoint folder, a hub name or a .gguf file"
         )
-    return _fetch(source)
+    return _fetch(named)
 
 
 def load_eager(folder: Path) -> Any:

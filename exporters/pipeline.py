@@ -31,7 +31,7 @@ from skipstone.bundle import (
 )
 from skipstone.errors import ExportError, UsageError
 from skipstone.exporters import draft_sibling, lexicon
-from skipstone.exporters.checkpoint import open_checkpoint
+from skipstone.exporters.checkpoint import find_folder
 from skipstone.exporters.compress.record import has_codes, read_record
 from skipstone.exporters.compress.steps import Step as CompressionStep
 from skipstone.exporters.compress.steps import Target as CompressionTarget
@@ -211,7 +211,7 @@ def export_checkpoint(
                 folder / draft_sibling.FOLDER,
                 device=device,
                 format=chosen,
-                quantize=draft_quantize or (None if _fixed_codes(draft) is not None else options.quantize),
+                quantize=draft_quantize or (None if _has_codes(draft) else options.quantize),
                 exits=(),
                 imatrix=imatrix,
                 calibration=calibration,
@@ -229,16 +229,17 @@ def export_checkpoint(
     return open_bundle(target, verify_hashes=False)
 
 
+def _has_codes(source: str | os.PathLike[str]) -> bool:
+    return not os.fspath(source).endswith(".gguf") and has_codes(find_folder(source))
+
+
 def _fixed_codes(source: str | os.PathLike[str]) -> FixedCodes | None:
     """The codes that a checkpoint's weights have, if they have any."""
-    if os.fspath(source).endswith(".gguf"):
-        return None
-    folder = Path(source) if Path(source).is_dir() else open_checkpoint(source).path
-    if not has_codes(folder):
+    if not _has_codes(source):
         return None
     from skipstone.exporters.compress.folder import read_codes  # needs torch
 
-    return read_codes(folder)
+    return read_codes(find_folder(source))
 
 
 def _format_for(codes: FixedCodes | None, profile: DeviceProfile) -> str | None:

@@ -25,6 +25,7 @@ from skipstone.errors import UsageError
 from skipstone.runtimes.generate import GenerationLimits
 from skipstone.runtimes.prefix import common_prefix_length
 from skipstone.runtimes.rows import ROOT
+from skipstone.runtimes.sampling import log_softmax
 from skipstone.runtimes.session import Session
 
 Tokens = tuple[int, ...]
@@ -96,7 +97,7 @@ def beam_search(
     try:
         logits: dict[Tokens, NDArray[np.float32]] = {(): first}
         while True:
-            _step(groups, {tokens: _log_softmax(row) for tokens, row in logits.items()}, options)
+            _step(groups, {tokens: log_softmax(row) for tokens, row in logits.items()}, options)
             open_ = [hypothesis.tokens for group in groups for hypothesis in group.live]
             if not open_ or not rows.fit(open_):
                 break
@@ -242,12 +243,6 @@ class _Rows:
         else:
             self._session.commit(row)
         self._rows, self._parents = {shared[:n]: ROOT for n in range(len(shared) + 1)}, set()
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> LogProbs:
-    shifted = logits.astype(np.float64) - logits.max()
-    out: LogProbs = shifted - np.log(np.exp(shifted).sum())
-    return out
 
 
 def _expect(holds: bool, flag: str, value: object, range_: str) -> None:

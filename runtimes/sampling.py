@@ -133,6 +133,12 @@ class Sampler:
         return total
 
 
+def log_softmax(logits: FloatArray) -> NDArray[np.float64]:
+    """Logarithms of the distributions that logits [..., vocab_size] stand for, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
 def softmax(logits: FloatArray, temperature: float = 1.0) -> Probabilities:
     """Softmax in float64, over the last axis of [..., vocab_size]."""
     x = logits.astype(np.float64)

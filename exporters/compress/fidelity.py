@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from skipstone.bundle import ExitAgreement, Fidelity
+from skipstone.bundle import Fidelity
 from skipstone.exporters.compress.activations import Stack, stacks_of
 from skipstone.exporters.compress.work import Windows, Work
+from skipstone.exporters.evaluation.readers import Reading
+from skipstone.exporters.evaluation.sums import Sums
 
 _MOST_TOKENS = 4096
 
@@ -29,30 +31,25 @@ def measure_fidelity(model: Any, work: Work, text: Windows) -> Fidelity:
     exits = work.exits or ()
     kept = work.kept.get("decoder", tuple(range(len(stacks_of(model)[-1].blocks))))
     dense_exits = [kept[exit_layer - 1] + 1 for exit_layer in exits]
-    counted = text.first(_MOST_TOKENS)
-    loss = divergence = 0.0
-    agreed, own, same = 0, [0] * len(exits), [0] * len(exits)
+    counted, sums = text.first(_MOST_TOKENS), Sums(exits, dense_exits)
     for inputs, window in zip(counted.inputs(), counted.windows, strict=True):
-        *early, last = exit_logits(model, exits, inputs)
-        *dense_early, dense = exit_logits(work.dense, dense_exits, inputs)
-        found, expected = (functional.log_softmax(part[:-1].double(), -1) for part in (last, dense))
-        loss -= float(found.gather(1, window[1:, None]).sum())
-        divergence += float((expected.exp() * (expected - found)).sum())
-        agreed += _matches(last, dense)
-        for index, (logits, dense_logits) in enumerate(zip(early, dense_early, strict=True)):
-            own[index] += _matches(logits, last)
-            same[index] += _matches(logits, dense_logits)
-    tokens = counted.tokens
+        dense = read_window(work.dense, dense_exits, inputs)
+        sums.add(window.tolist(), read_window(model, exits, inputs), dense)
+    found = sums.prediction()
     return Fidelity(
-        tokens=tokens,
-        perplexity=float(torch.tensor(loss / tokens, dtype=torch.float64).exp()),
-        kl_divergence=max(divergence / tokens, 0.0),
-        agreement=agreed / tokens,
-        exits=tuple(
-            ExitAgreement(exit=exit_layer, own_last=a / tokens, dense_exit=dense_exit, dense=b / tokens)
-            for exit_layer, dense_exit, a, b in zip(exits, dense_exits, own, same, strict=True)
-        ),
+        tokens=found.tokens,
+        perplexity=found.perplexity,
+        kl_divergence=max(found.kl_divergence or 0.0, 0.0),
+        agreement=found.agreement or 0.0,
+        exits=found.exits,
     )
+
+
+def read_window(model: Any, exits: Sequence[int], inputs: dict[str, Tensor]) -> Reading:
+    """What a model says after every token of a window; see `exit_logits`."""
+    *early, last = exit_logits(model, exits, inputs)
+    best = {exit_layer: part.argmax(-1).numpy() for exit_layer, part in zip(exits, early, strict=True)}
+    return Reading(np.asarray(last.numpy(), np.float32), best)
 
 
 @torch.no_grad()
@@ -96,8 +93,3 @@ def _states_after(stack: Stack, exits: Sequence[int]) -> Iterator[dict[int, Tens
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _matches(logits: Tensor, others: Tensor) -> int:
-    """At how many positions, the last one apart, the best tokens are the same."""
-    return int((logits[:-1].argmax(-1) == others[:-1].argmax(-1)).sum())

@@ -6,14 +6,14 @@ all matrices of a gated network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipstone.exporters.compress.activations import stacks_of
+from skipstone.exporters.compress.activations import Stack, stacks_of
 from skipstone.exporters.encoder_decoder_modules import self_attention, source_attention
 
 
@@ -78,37 +78,38 @@ class FeedForward:
 def attentions(model: Any) -> tuple[Attention, ...]:
     """A model's attention modules, in the order of computation."""
     found = []
-    for stack in stacks_of(model):
-        for index, block in enumerate(stack.blocks):
-            name = f"{stack.name}.{index}"
-            layer: Any = block
-            if not model.config.is_encoder_decoder:
-                found.append(_of_decoder(f"{name}.self_attn", layer.self_attn))
-                continue
-            found.append(_of_t5(f"{name}.layer.0.SelfAttention", self_attention(layer), shares_biases=True))
-            if stack.name.startswith("decoder"):
-                module = source_attention(layer)
-                found.append(_of_t5(f"{name}.layer.1.EncDecAttention", module, shares_biases=False))
+    for stack, name, layer in _layers(model):
+        if not model.config.is_encoder_decoder:
+            found.append(_of_decoder(f"{name}.self_attn", layer.self_attn))
+            continue
+        found.append(_of_t5(f"{name}.layer.0.SelfAttention", self_attention(layer), shares_biases=True))
+        if stack.name.startswith("decoder"):
+            module = source_attention(layer)
+            found.append(_of_t5(f"{name}.layer.1.EncDecAttention", module, shares_biases=False))
     return tuple(found)
 
 
 def feed_forwards(model: Any) -> tuple[FeedForward, ...]:
     """A model's feed-forward networks, in the order of computation."""
     found = []
-    for stack in stacks_of(model):
-        for index, block in enumerate(stack.blocks):
-            name = f"{stack.name}.{index}"
-            layer: Any = block
-            if not model.config.is_encoder_decoder:
-                mlp = layer.mlp
-                found.append(FeedForward(f"{name}.mlp", (mlp.gate_proj, mlp.up_proj), mlp.down_proj))
-                continue
-            last = len(layer.layer) - 1
-            network = layer.layer[last].DenseReluDense
-            names = ("wi_0", "wi_1") if hasattr(network, "wi_0") else ("wi",)
-            inputs = tuple(getattr(network, key) for key in names)
-            found.append(FeedForward(f"{name}.layer.{last}.DenseReluDense", inputs, network.wo))
+    for _, name, layer in _layers(model):
+        if not model.config.is_encoder_decoder:
+            mlp = layer.mlp
+            found.append(FeedForward(f"{name}.mlp", (mlp.gate_proj, mlp.up_proj), mlp.down_proj))
+            continue
+        last = len(layer.layer) - 1
+        network = layer.layer[last].DenseReluDense
+        names = ("wi_0", "wi_1") if hasattr(network, "wi_0") else ("wi",)
+        inputs = tuple(getattr(network, key) for key in names)
+        found.append(FeedForward(f"{name}.layer.{last}.DenseReluDense", inputs, network.wo))
     return tuple(found)
+
+
+def _layers(model: Any) -> Iterator[tuple[Stack, str, Any]]:
+    """Every layer with its stack and its name in the model."""
+    for stack in stacks_of(model):
+        for index, layer in enumerate(stack.blocks):
+            yield stack, f"{stack.name}.{index}", layer
 
 
 def keep_heads(model: Any, kept: Mapping[str, Sequence[int]], outputs: dict[str, Tensor]) -> None:

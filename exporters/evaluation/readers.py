@@ -110,17 +110,13 @@ class CheckpointReader:
     def read(self, probe: Probe) -> Reading:
         import torch
 
-        from skipstone.exporters.compress.fidelity import exit_logits
+        from skipstone.exporters.compress.fidelity import read_window
 
         ids = torch.tensor([list(probe.tokens)])
         inputs = {"input_ids": ids}
         if probe.source:
             inputs = {"input_ids": torch.tensor([list(probe.source)]), "decoder_input_ids": ids}
-        *early, last = exit_logits(self.model, self._exits, inputs)
-        best = {
-            exit_layer: part.argmax(-1).numpy() for exit_layer, part in zip(self._exits, early, strict=True)
-        }
-        return Reading(np.asarray(last.numpy(), np.float32), best)
+        return read_window(self.model, self._exits, inputs)
 
     def close(self) -> None:
         """Nothing to free: torch's memory goes with the object."""

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from skipstone.bundle import ExitAgreement
 from skipstone.exporters.evaluation.readers import Reading
+from skipstone.runtimes.sampling import log_softmax
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,6 @@ class Sums:
                 )
             ),
         )
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Logarithms of the distributions that logits [n, vocab_size] stand for."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
 def _error_of_ratio(windows: Sequence[tuple[float, int]]) -> float | None:
