@@ -163,7 +163,7 @@ class Search(Step):
             "counts": self.counts,
             "cost": found.cost + bench.fixed,
             "budget": None if self.max_kl is not None else budget + bench.fixed,
-            "history": found.history,
+            "history": list(found.history),
             "evaluations": found.evaluations,
         }
 

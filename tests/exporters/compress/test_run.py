@@ -165,3 +165,23 @@ def test_only_a_compressed_checkpoint_is_replaced(tiny: MakeTiny, tmp_path: Path
         compress(tiny("llama"), tmp_path / "out", steps)
     compress(tiny("llama"), tmp_path / "out", steps, overwrite=True)
     assert (tmp_path / "out" / RECORD_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["over=drop,target_size=85%", "over=sparsity,sparsity=0.3", "over=bits,scheme=q4_0,target_size=25%"],
+)
+def test_a_search_is_a_step_of_a_recipe_and_its_record_is_read_back(
+    options: str, tiny: MakeTiny, text: Path, tmp_path: Path
+) -> None:
+    steps = parse_steps([f"search:{options},generations=2,offspring=2,tokens=256"])
+    record = compress(tiny("llama"), tmp_path / "small", steps, calibration=text)
+    assert read_record(tmp_path / "small") == record
+    (step,) = record.steps
+    chosen, history = step.details["chosen"], step.details["history"]
+    assert isinstance(chosen, list)
+    assert chosen
+    assert isinstance(history, list)
+    assert len(history) == 2
+    assert step.fidelity is not None
+    assert step.fidelity.kl_divergence == pytest.approx(step.details["kl_divergence"], rel=0.5)
