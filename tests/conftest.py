@@ -1,4 +1,4 @@
-"""The shipped model's bundles, exported once per run."""
+"""The shipped models' bundles, exported once per run."""
 
 import os
 from collections.abc import Callable
@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.once import WORKER, once
+
+# Two workers whose libraries take a thread per core each would wait for one another.
+if WORKER in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is no fault of what is tested.
 settings.register_profile("any machine", deadline=None)
@@ -27,78 +33,57 @@ def coder_checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def export_coder(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """From a quantisation scheme to the folder of the reference model's bundle; not to be changed."""
-    made: dict[str, Path] = {}
-
-    def get(scheme: str) -> Path:
-        if scheme not in made:
-            from skipstone.exporters.pipeline import export_checkpoint
-
-            output = tmp_path_factory.mktemp("coder") / scheme
-            export_checkpoint(coder_checkpoint, output, quantize=scheme)
-            made[scheme] = output
-        return made[scheme]
-
-    return get
+    return lambda scheme: _exported(tmp_path_factory, coder_checkpoint, "gguf", scheme)
 
 
 @pytest.fixture(scope="session")
 def coder_bundle_executorch(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the reference model's ExecuTorch bundle in f32."""
-    return _export_executorch(coder_checkpoint, tmp_path_factory, "none")
+    return _exported(tmp_path_factory, coder_checkpoint, "executorch", "none")
 
 
 @pytest.fixture(scope="session")
 def coder_bundle_executorch_8da4w(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the reference model's ExecuTorch bundle in 8da4w."""
-    return _export_executorch(coder_checkpoint, tmp_path_factory, "8da4w")
-
-
-def _export_executorch(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, scheme: str) -> Path:
-    from skipstone.exporters.pipeline import export_checkpoint
-
-    output = tmp_path_factory.mktemp("executorch") / scheme
-    export_checkpoint(checkpoint, output, format="executorch", quantize=scheme)
-    return output
+    return _exported(tmp_path_factory, coder_checkpoint, "executorch", "8da4w")
 
 
 @pytest.fixture(scope="session")
 def export_coder_onnx(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """From a scheme to the folder of the reference model's ONNX bundle in it; not to be changed."""
-    made: dict[str, Path] = {}
-
-    def get(scheme: str) -> Path:
-        if scheme not in made:
-            from skipstone.exporters.pipeline import export_checkpoint
-
-            made[scheme] = tmp_path_factory.mktemp("onnx") / scheme
-            export_checkpoint(coder_checkpoint, made[scheme], format="onnx", quantize=scheme)
-        return made[scheme]
-
-    return get
+    return lambda scheme: _exported(tmp_path_factory, coder_checkpoint, "onnx", scheme)
 
 
 @pytest.fixture(scope="session")
 def export_speller(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """From a scheme, of ExecuTorch if it says so ("executorch 8da4w"), to the shipped corrector in it."""
-    made: dict[str, Path] = {}
+    checkpoint = ROOT / "samples" / "models" / "speller"
 
     def get(name: str) -> Path:
-        if name not in made:
-            from skipstone.exporters.pipeline import export_checkpoint
-
-            *format, scheme = name.split()
-            made[name] = tmp_path_factory.mktemp("speller") / scheme
-            export_checkpoint(
-                ROOT / "samples" / "models" / "speller",
-                made[name],
-                format=format[0] if format else "gguf",
-                quantize=scheme,
-                context_length=192,
-                max_source_length=128,
-            )
-        return made[name]
+        *format, scheme = name.split()
+        return _exported(
+            tmp_path_factory,
+            checkpoint,
+            format[0] if format else "gguf",
+            scheme,
+            context_length=192,
+            max_source_length=128,
+        )
 
     return get
+
+
+def _exported(
+    folders: pytest.TempPathFactory, checkpoint: Path, format: str, scheme: str, **options: int
+) -> Path:
+    """A shipped model's bundle, made once per run."""
+
+    def export(output: Path) -> None:
+        from skipstone.exporters.pipeline import export_checkpoint
+
+        export_checkpoint(checkpoint, output, format=format, quantize=scheme, **options)
+
+    return once(folders, f"{checkpoint.name}/{format}/{scheme}", export)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from skipstone.bundle import Bundle
+from skipstone.bundle import Bundle, open_bundle
+from tests.once import once
 
 VOCAB = 320
 
@@ -137,13 +138,20 @@ def tiny_narrow_onnx_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.Temp
     narrow = Target("cpu", ("none",), write, (1, 4, 16), 16, 256, TARGETS["cpu"].masked)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TARGETS, "cpu", narrow)
-        return _export(tiny_checkpoint, tmp_path_factory, "onnx")
+        return _export(tiny_checkpoint, tmp_path_factory, "onnx", "narrow-onnx")
 
 
-def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, format: str = "gguf") -> Bundle:
-    from skipstone.exporters.pipeline import export_checkpoint
+def _export(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, format: str = "gguf", kind: str | None = None
+) -> Bundle:
+    """The bundle, made once per run; `kind` tells those of one format apart."""
 
-    output = tmp_path_factory.mktemp("bundles") / checkpoint.name
-    return export_checkpoint(
-        checkpoint, output, format=format, quantize="none", exits=(1, 2), draft_vocab_size=128
-    )
+    def export(output: Path) -> None:
+        from skipstone.exporters.pipeline import export_checkpoint
+
+        export_checkpoint(
+            checkpoint, output, format=format, quantize="none", exits=(1, 2), draft_vocab_size=128
+        )
+
+    folder = once(tmp_path_factory, f"{kind or format}/{checkpoint.name}", export)
+    return open_bundle(folder, verify_hashes=False)
