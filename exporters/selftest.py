@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,8 @@ from skipstone.exporters.formats import Oracle
 from skipstone.exporters.isolation import num_threads, run_isolated
 from skipstone.exporters.probe import Probe
 from skipstone.exporters.reference import EagerReference
-from skipstone.runtimes.engines.base import Engine, SourceCache
+from skipstone.runtimes.engines.base import Engine
+from skipstone.runtimes.jitter import gap_jitter, segment_by_segment
 from skipstone.runtimes.rows import ROOT, RowTree
 from skipstone.runtimes.session import Session
 
@@ -50,7 +51,6 @@ _STEPPED = 32  # tokens of the probe in the runs that go row by row
 # logits' spread. Of even noise with the rms allowed, one logit in ten thousand is 3.9 times as far off.
 _EXACT_SPLIT, _QUANTIZED_SPLIT = 1e-3, 0.39
 _QUANTIZED_SPLIT_RMS = 0.1
-_JITTER, _JITTER_RUNS = 1e-6, 3
 _DRAFT_HEAD_TOLERANCE = 0.05
 _HEAD_ROWS = 512
 
@@ -232,7 +232,7 @@ def measure(
         ),
         tree_commit=difference(at_once[: len(accepted)], accepted),
         width_noise=_width_noise(engine, probe),
-        jitter=_jitter(engine, probe),
+        jitter=gap_jitter(engine, probe.tokens, probe.source),
         draft_head=_draft_head_error(engine, probe, uncut),
     )
     engine.close()
@@ -300,21 +300,6 @@ def _width_noise(engine: Engine, probe: Probe) -> float:
     return max(_difference(alone, other) for other in wider)
 
 
-def _jitter(engine: Engine, probe: Probe) -> float:
-    """Largest change of the gap between a position's two best tokens when rows entering a segment change
-    slightly.
-    """
-    random, last = np.random.default_rng(0), len(engine.exits) - 1
-    (plain,) = (logits for k, logits in _segment_by_segment(engine, probe, None) if k == last)
-    best, worst = np.argsort(plain, axis=-1)[:, -2:], 0.0
-    for _ in range(_JITTER_RUNS):
-        (shaken,) = (logits for k, logits in _segment_by_segment(engine, probe, random) if k == last)
-        gaps = (np.take_along_axis(logits, best, -1) for logits in (plain, shaken))
-        before, after = (gap[:, 1] - gap[:, 0] for gap in gaps)
-        worst = max(worst, float(np.abs(before - after).max()))
-    return worst
-
-
 def _draft_head_error(engine: Engine, probe: Probe, uncut: UncutModel) -> float:
     """Largest relative error of the draft head over the inner exits, against its definition."""
     if engine.draft_vocabulary is None:
@@ -322,35 +307,13 @@ def _draft_head_error(engine: Engine, probe: Probe, uncut: UncutModel) -> float:
     sample = slice(None, None, -(-len(engine.draft_vocabulary) // _HEAD_ROWS))
     worst = 0.0
     cache = engine.open_cache(_context_length(engine, probe), RowTree())
-    for segment, hidden in _segment_by_segment(engine, probe, None):
+    for segment, hidden in segment_by_segment(engine, probe.tokens, probe.source):
         if segment < len(engine.exits) - 1:
             found = cache.draft_logits(list(hidden))[:, sample]
             expected = uncut.draft_logits(hidden, engine.draft_vocabulary[sample])
             worst = max(worst, float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
     cache.close()
     return worst
-
-
-def _segment_by_segment(
-    engine: Engine, probe: Probe, shake: np.random.Generator | None
-) -> Iterator[tuple[int, FloatArray]]:
-    """After each segment: its index and the rows' hidden states (after the last one, their logits)."""
-    tree = RowTree()
-    cache = engine.open_cache(_context_length(engine, probe), tree)
-    if probe.source:
-        cast("SourceCache", cache).encode(probe.source)
-    tokens = probe.tokens[: cache.max_width]
-    chain = [tree.add(token, index - 1) for index, token in enumerate(tokens)]
-    state = cache.embed(tokens)
-    for segment in range(len(engine.exits)):
-        if shake is not None:
-            scale = _JITTER * np.sqrt((state**2).mean(-1, keepdims=True))
-            state = state + scale * shake.standard_normal(state.shape, np.float32)
-        state = cache.run(segment, chain, list(state), [True] * len(chain))
-        for row in chain:
-            tree.progress[row] = segment + 1
-        yield segment, state
-    cache.close()
 
 
 def _context_length(engine: Engine, probe: Probe) -> int:

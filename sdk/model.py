@@ -425,7 +425,8 @@ def load_model(
         path: folder written by `skipstone export`.
         context_length: positions to hold; None: the model's own, at most 2,048.
         threads: CPU threads; None: one per core.
-        kv_type: `f16` or `f32`; None: f32 for f32 bundles, f16 otherwise.
+        kv_type: of K and V on llama.cpp, see `skipstone.runtimes.engines.llamacpp.kv_types`; None: f32 for f32
+            bundles, f16 otherwise.
         gpu_layers: layers to place on a GPU, from the last one on; -1: all.
         curve: file with the cost curve to plan with, from `skipstone bench --curve-only`; None: the one that was kept
             for this machine, else it is measured at first use.

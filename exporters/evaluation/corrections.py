@@ -21,7 +21,11 @@ from skipstone.runtimes.session import Session
 
 
 def measure_corrections(
-    model: Path, sources: Sequence[str], targets: Sequence[str], threads: int | None = None
+    model: Path,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    threads: int | None = None,
+    kv_type: str | None = None,
 ) -> CorrectionFigures:
     """The figures of what a bundle, in a process of its own, or a checkpoint makes of `sources`.
 
@@ -36,11 +40,14 @@ def measure_corrections(
         model=str(model),
         sources=list(sources),
         threads=threads,
+        kv_type=kv_type,
     )
     return score(sources, written, targets)
 
 
-def write(model: str, sources: list[str], threads: int | None = None) -> list[str]:
+def write(
+    model: str, sources: list[str], threads: int | None = None, kv_type: str | None = None
+) -> list[str]:
     """What a bundle, plainly decoded, or a checkpoint makes of `sources`. Called through `run_isolated`, of a bundle."""
     folder = Path(model)
     if not (folder / MANIFEST_NAME).is_file():
@@ -49,7 +56,7 @@ def write(model: str, sources: list[str], threads: int | None = None) -> list[st
     tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
     encoded = [tokenizer.encode(text).ids for text in sources]
     room = min(max(map(_longest_text, encoded)) + 1, longest_window(manifest))
-    reader = open_artefact(folder, room, threads)
+    reader = open_artefact(folder, room, threads, kv_type)
     try:
         written = [_greedy(reader.session, manifest.model, source) for source in encoded]
     finally:

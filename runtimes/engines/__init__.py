@@ -16,7 +16,8 @@ class EngineOptions:
 
     Attributes:
         threads: CPU threads; None: one per core this process may use.
-        kv_type: `f16` or `f32`; None: f32 for f32 bundles, f16 otherwise.
+        kv_type: of K and V on llama.cpp, see `skipstone.runtimes.engines.llamacpp.kv_types`; None: f32 for f32
+            bundles, f16 otherwise.
         gpu_layers: layers to place on a GPU, from the last one on, the LM head being one of them; -1: all. Refused
             where llama.cpp finds no GPU, or not enough memory on it.
         share: the part of the model to run; None: all of it.

@@ -15,7 +15,8 @@ import numpy as np
 from skipstone.benchmark.measure import Sample
 from skipstone.errors import EngineError, UsageError
 from skipstone.inputs import ModelInput
-from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, library
+from skipstone.runtimes.engines.llamacpp.kv_types import KV_TYPES
+from skipstone.runtimes.engines.llamacpp.library import library
 
 _BATCH = 512
 _UNKNOWN = -1
@@ -29,7 +30,7 @@ class BaselineOptions:
         path: the file.
         threads: CPU threads.
         context_length: positions.
-        kv_type: `f16` or `f32`.
+        kv_type: type of K and V.
     """
 
     path: Path
@@ -62,8 +63,9 @@ class LlamaDecodeLoop:
         params.n_ctx = options.context_length
         params.n_batch = params.n_ubatch = _BATCH
         params.n_threads = params.n_threads_batch = options.threads
-        params.flash_attn_type = 0
-        params.type_k = params.type_v = GGML_TYPES[options.kv_type]
+        kv = KV_TYPES[options.kv_type]
+        params.flash_attn_type = int(kv.is_quantized)
+        params.type_k = params.type_v = kv.number
         params.no_perf = True
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
@@ -124,16 +126,17 @@ class CreateCompletion:
     """
 
     def __init__(self, options: BaselineOptions, max_new_tokens: int, _eos: Sequence[int]) -> None:
-        llama = self._module = library().llama
+        llama, kv = library().llama, KV_TYPES[options.kv_type]
+        self._module = llama
         try:
             self._llama = llama.Llama(
                 str(options.path),
                 n_ctx=options.context_length,
                 n_threads=options.threads,
                 n_threads_batch=options.threads,
-                flash_attn=False,
-                type_k=GGML_TYPES[options.kv_type],
-                type_v=GGML_TYPES[options.kv_type],
+                flash_attn=kv.is_quantized,
+                type_k=kv.number,
+                type_v=kv.number,
                 verbose=False,
             )
         except ValueError as error:

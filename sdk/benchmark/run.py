@@ -134,9 +134,7 @@ def run_bench(
             bench.write_trace(options.trace)
         return Report(
             rows=tuple(rows),
-            bundle=replace(
-                bundle_facts(bench.target.bundle), near_tie_margin=bench.target.opened.near_tie_margin
-            ),
+            bundle=replace(bundle_facts(bench.target.bundle), near_tie_margin=bench.near_tie_margin),
             machine=this_machine(),
             prompts=len(bench.inputs),
             prompts_source=options.prompts_source,
@@ -175,6 +173,7 @@ class _Bench:
             self.kv_type = self.target.kv_type
             self._draft = self._open_draft()
             self.inputs = self._encoded()
+            self.near_tie_margin = max(map(self.target.near_tie_margin, self.inputs))
             self.strategies = self._strategies()
             self.ignores_eos = options.ignore_eos and not self.inputs[0].source
             eos = () if self.ignores_eos else bundle.manifest.model.eos_token_ids
@@ -213,7 +212,7 @@ class _Bench:
                 [sample.tokens for sample in plain.samples[0]],
                 [[sample.tokens for sample in passed] for passed in series.samples],
                 self._logits_after,
-                self.target.opened.near_tie_margin,
+                self.near_tie_margin,
             )
         memory = peak_rss_mb(self._memory_request(series.strategy)) if self._options.memory else None
         return make_row(series, plain, matches, self.target.costs.plain, memory)

@@ -10,6 +10,7 @@ from skipstone.benchmark.tracing import Recorder, TracedPolicy, witnessed
 from skipstone.bundle import Bundle, CostCurve
 from skipstone.devices.cost import CurveSampler, measure
 from skipstone.devices.curves import MeasuredCurve, new_curve
+from skipstone.inputs import ModelInput
 from skipstone.model import load_amendments, load_draft_table, open_draft_bundle
 from skipstone.placing import Opened, Place, open_places
 from skipstone.runtimes.costs import CostModel
@@ -18,7 +19,9 @@ from skipstone.runtimes.drafters.draft_model import DraftModelDrafter, DraftMode
 from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Engine
+from skipstone.runtimes.engines.llamacpp.kv_types import KV_TYPES
 from skipstone.runtimes.generate import Policy
+from skipstone.runtimes.jitter import gap_jitter
 from skipstone.runtimes.policies.auto import AutoPolicy, Record
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
@@ -74,6 +77,15 @@ class Subject:
         except Exception:
             self._raw.close()
             raise
+
+    def near_tie_margin(self, given: ModelInput) -> float:
+        """The bundle's margin, or what this type of K and V makes of the last bits of an input, if that is more: the
+        bundle was tested with K and V in full precision.
+        """
+        margin, kind = self.opened.near_tie_margin, KV_TYPES.get(self.kv_type)
+        if kind is None or not kind.is_quantized:
+            return margin
+        return max(margin, gap_jitter(self._raw, given.prompt, given.source))
 
     def follow_costs(self) -> None:
         """Take one more sample of the curve; the session's content is lost."""

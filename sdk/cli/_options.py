@@ -27,7 +27,13 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="
 ContextLength = Annotated[
     int | None, typer.Option(help="Positions to hold.", show_default="the model's, at most 2048")
 ]
-KvType = Annotated[str | None, typer.Option(help="f16 or f32.", show_default="f16; f32 for f32 bundles")]
+KvType = Annotated[
+    str | None,
+    typer.Option(
+        help="Type of K and V on llama.cpp: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.",
+        show_default="f16; f32 for f32 bundles",
+    ),
+]
 Curve = Annotated[
     Path | None,
     typer.Option(

@@ -52,6 +52,7 @@ def evaluate(
     repeats: Annotated[int, typer.Option(min=1, help="With --speed: passes over the prompts.")] = 3,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Do not measure peak memory.")] = False,
     threads: flags.Threads = None,
+    kv_type: flags.KvType = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare bundles and checkpoints on held-out text: perplexity, distance from the dense model, exits, size."""
@@ -73,6 +74,7 @@ def evaluate(
         max_tokens=max_tokens,
         max_texts=max_texts,
         threads=threads,
+        kv_type=kv_type,
         memory=not no_memory,
         speed=_speed(strategy, prompts, max_new_tokens, repeats) if speed else None,
         command=("skipstone", *sys.argv[1:]),

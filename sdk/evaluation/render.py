@@ -60,6 +60,8 @@ def facts(report: EvaluationReport) -> str:
     """One sentence on what was measured."""
     first = report.rows[0].prediction
     text = f"{first.tokens:,} predicted tokens of {report.held_out} in {report.windows} windows"
+    if report.kv_type is not None:
+        text += f"; K and V in {report.kv_type}"
     if report.against is not None:
         text += f"; the dense model, {report.against}, has a perplexity of {first.dense_perplexity:.3f}"
     if report.uncorrected is not None:

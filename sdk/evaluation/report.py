@@ -88,6 +88,7 @@ class EvaluationReport:
         against: the dense model; None: the rows are compared with nothing.
         held_out, held_out_sha256: file name and hash of the text.
         windows, longest_window: how many stretches of it every model read, and their tokens at most.
+        kv_type: type that K and V were kept in; None: every engine's usual one.
         uncorrected: figures of texts left as they are, of encoder-decoders.
         command: the command line.
         started: ISO time, UTC.
@@ -100,6 +101,7 @@ class EvaluationReport:
     held_out_sha256: str
     windows: int
     longest_window: int
+    kv_type: str | None
     uncorrected: CorrectionFigures | None
     command: tuple[str, ...]
     started: str

@@ -14,7 +14,13 @@ from skipstone.bundle import hash_file
 from skipstone.errors import UsageError
 from skipstone.evaluation.report import EvaluationReport, Row, labels
 from skipstone.evaluation.speed import SpeedOptions, measure_memory, measure_speed
-from skipstone.evaluation.subjects import Subject, check_alike, find_checkpoint, find_subject
+from skipstone.evaluation.subjects import (
+    Subject,
+    check_alike,
+    check_kv_type,
+    find_checkpoint,
+    find_subject,
+)
 
 if TYPE_CHECKING:
     from skipstone.exporters.probe import Probe
@@ -38,6 +44,7 @@ class EvaluateOptions:
         max_tokens: of the text that are read at most.
         max_texts: that an encoder-decoder writes at most; 0: none.
         threads: of the engines; None: one for small models, else one per core.
+        kv_type: type of K and V of bundles on llama.cpp; None: the usual one.
         memory: measure every bundle's peak memory.
         speed: how speeds are measured; None: they are not.
         command: the command line, for the report.
@@ -48,6 +55,7 @@ class EvaluateOptions:
     max_tokens: int = 8192
     max_texts: int = 256
     threads: int | None = None
+    kv_type: str | None = None
     memory: bool = True
     speed: SpeedOptions | None = None
     command: tuple[str, ...] = field(default=())
@@ -72,6 +80,8 @@ def evaluate(
 
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     subjects = [find_subject(model) for model in models]
+    for subject in subjects:
+        check_kv_type(subject, options.kv_type)
     dense = None if options.against is None else find_checkpoint(options.against)
     for other in (*subjects[1:], *(() if dense is None else (dense,))):
         check_alike(other, subjects[0])
@@ -87,6 +97,7 @@ def evaluate(
         held_out_sha256=hash_file(options.held_out),
         windows=len(material.probes),
         longest_window=max(len(probe.tokens) for probe in material.probes),
+        kv_type=options.kv_type,
         uncorrected=score(texts.sources, texts.sources, texts.targets) if texts.sources else None,
         command=options.command,
         started=started,
@@ -166,15 +177,16 @@ class _Measuring:
             None if dense is None else dense.path,
             () if dense is None else subject.dense_exits(dense),
             options.threads,
+            options.kv_type,
         )
         correction = self._correction(label, subject)
         memory, speed = None, None
         if subject.is_bundle and options.memory:
             self._tell(label, "memory")
-            memory = measure_memory(subject, probes[0], options.threads)
+            memory = measure_memory(subject, probes[0], options.threads, options.kv_type)
         if subject.is_bundle and options.speed is not None:
             self._tell(label, "speed")
-            speed = measure_speed(subject, options.speed, options.threads)
+            speed = measure_speed(subject, options.speed, options.threads, options.kv_type)
         self._done += 1
         return Row(
             label=label,
@@ -197,7 +209,10 @@ class _Measuring:
         if not texts.sources:
             return None
         self._tell(label, "writing")
-        return measure_corrections(subject.path, texts.sources, texts.targets, self._options.threads)
+        options = self._options
+        return measure_corrections(
+            subject.path, texts.sources, texts.targets, options.threads, options.kv_type
+        )
 
     def _tell(self, label: str, what: str) -> None:
         self._progress(f"{label}: {what}", self._done, self._total)

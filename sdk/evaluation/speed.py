@@ -36,7 +36,9 @@ class SpeedOptions:
     repeats: int = 3
 
 
-def measure_speed(subject: Subject, options: SpeedOptions, threads: int | None) -> Speed:
+def measure_speed(
+    subject: Subject, options: SpeedOptions, threads: int | None, kv_type: str | None = None
+) -> Speed:
     """Plain decoding and a strategy in turns, see `skipstone.benchmark`.
 
     Raises:
@@ -49,6 +51,7 @@ def measure_speed(subject: Subject, options: SpeedOptions, threads: int | None) 
         max_new_tokens=options.max_new_tokens,
         repeats=options.repeats,
         threads=threads,
+        kv_type=kv_type,
         memory=False,
     )
     report = run_bench(subject.path, bench)
@@ -64,7 +67,7 @@ def measure_speed(subject: Subject, options: SpeedOptions, threads: int | None) 
     )
 
 
-def measure_memory(subject: Subject, probe: Probe, threads: int | None) -> float:
+def measure_memory(subject: Subject, probe: Probe, threads: int | None, kv_type: str | None = None) -> float:
     """Peak resident memory, MB, of a process that reads the beginning of a held-out text and decodes 32 tokens plainly.
 
     Raises:
@@ -78,5 +81,6 @@ def measure_memory(subject: Subject, probe: Probe, threads: int | None) -> float
         max_new_tokens=max(1, min(_NEW, subject.longest // 4)),
         threads=num_cores() if threads is None else threads,
         context_length=subject.longest,
+        kv_type=kv_type,
     )
     return peak_rss_mb(request)

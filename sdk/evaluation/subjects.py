@@ -106,6 +106,28 @@ def find_checkpoint(given: str) -> Subject:
     return _checkpoint(given, checkpoint)
 
 
+def check_kv_type(subject: Subject, kv_type: str | None) -> None:
+    """Refuse a type of K and V that a subject's engine does not keep.
+
+    Args:
+        subject: what is to be evaluated.
+        kv_type: the user's; None is every engine's usual one.
+
+    Raises:
+        UsageError: no such type, not for such a model, or not on llama.cpp.
+    """
+    from skipstone.runtimes.engines.llamacpp.kv_types import chosen_kv_type
+
+    if kv_type is None:
+        return
+    if subject.format != "gguf":
+        raise UsageError(
+            f"--kv-type {kv_type}: {subject.given} is of format {subject.format}; only GGUF bundles have the choice",
+            hint="evaluate it without, or leave it out",
+        )
+    chosen_kv_type(kv_type, subject.quantization, encodes=subject.facts.encoder is not None)
+
+
 def check_alike(subject: Subject, other: Subject) -> None:
     """Refuse models whose logits cannot be compared.
 

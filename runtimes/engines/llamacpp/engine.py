@@ -15,8 +15,8 @@ from skipstone.runtimes.engines.llamacpp.cache import LlamaCppCache
 from skipstone.runtimes.engines.llamacpp.cross import CrossLane
 from skipstone.runtimes.engines.llamacpp.embedding import EmbeddingTable
 from skipstone.runtimes.engines.llamacpp.encoder import SourceEncoder
+from skipstone.runtimes.engines.llamacpp.kv_types import check_heads, chosen_kv_type
 from skipstone.runtimes.engines.llamacpp.lane import Lane, LaneOptions, Part
-from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES
 from skipstone.runtimes.engines.llamacpp.load_plan import PlannedPart, load_plan
 from skipstone.runtimes.engines.llamacpp.memory import check_room, check_room_for_cells
 from skipstone.runtimes.engines.llamacpp.threads import choose_encoder_threads, choose_threads
@@ -39,6 +39,7 @@ class LlamaCppEngine:
         EngineError: llama.cpp is missing, refuses a file, or finds no GPU although GPU layers were asked for; or
             the weights need more memory than there is, on the machine or on the GPU.
         BundleError: the artefacts do not fit the manifest.
+        UsageError: a number of threads or a type of K and V that cannot be.
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
@@ -72,7 +73,7 @@ class LlamaCppEngine:
     @property
     def kv_type(self) -> str:
         """Type of K and V in ggml."""
-        return self._lane_options.kv_type
+        return self._lane_options.kv.name
 
     def open_cache(self, context_length: int, tree: RowTree) -> LlamaCppCache:
         options, lane_class = self._lane_options, self._lane_class
@@ -115,6 +116,7 @@ class LlamaCppEngine:
         for segment, planned_part in planned.segments.items():
             entry, part = manifest.segments[segment], self._open(planned_part)
             self._parts[segment] = part
+            check_heads(self._lane_options.kv, part.head_sizes)
             self._expect(part, part.hidden_size == self.hidden_size, f"hidden size {part.hidden_size}")
             self._expect(part, part.num_layers == entry.stop - entry.first, f"{part.num_layers} layers")
             # llama.cpp aborts on an encoder's part that is to decode, and on rows that should have been given a source
@@ -157,14 +159,10 @@ def _lane_options(bundle: Bundle, options: EngineOptions) -> LaneOptions:
     if not 1 <= threads <= 512:
         raise UsageError(f"--threads {threads}: expected 1 to 512")
     scheme = bundle.manifest.quantization.scheme
-    kv_type = options.kv_type or ("f32" if scheme == "f32" else "f16")
-    if kv_type not in ("f16", "f32"):
-        raise UsageError(
-            f"--kv-type {kv_type}: expected one of f16, f32", hint=f"ggml knows {', '.join(GGML_TYPES)}"
-        )
     encoder = bundle.manifest.model.encoder
+    kv = chosen_kv_type(options.kv_type, scheme, encodes=encoder is not None)
     usual = LaneOptions(
-        threads=threads, kv_type=kv_type, extra_buffers=repacking_is_safe(bundle), exact=scheme == "f32"
+        threads=threads, kv=kv, extra_buffers=repacking_is_safe(bundle), exact=scheme == "f32"
     )
     if encoder is None:
         return usual

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from skipstone.errors import ContextFullError, EngineError
 from skipstone.runtimes.engines.llamacpp.batch import RowBatch
-from skipstone.runtimes.engines.llamacpp.library import GGML_TYPES, NO_DEVICES, library
+from skipstone.runtimes.engines.llamacpp.kv_types import F16, KV_TYPES, KvType
+from skipstone.runtimes.engines.llamacpp.library import NO_DEVICES, library
 from skipstone.runtimes.engines.llamacpp.pace import Pace, Paced, Threads
 from skipstone.runtimes.engines.llamacpp.watch import Tap, Watch
 
@@ -28,7 +29,7 @@ class LaneOptions:
 
     Attributes:
         threads: CPU threads of a part, unless it is given others.
-        kv_type: ggml type of K and V (`f16`, `f32`).
+        kv: type of K and V.
         max_width: rows per batch.
         max_branches: sequences, i.e. leaves of an uncommitted tree, plus the context's own.
         extra_buffers: repacked weights (AMX, interleaved rows); off where a build's code for them is broken.
@@ -37,7 +38,7 @@ class LaneOptions:
     """
 
     threads: int
-    kv_type: str = "f16"
+    kv: KvType = KV_TYPES[F16]
     max_width: int = 64
     max_branches: int = 64
     extra_buffers: bool = True
@@ -77,13 +78,16 @@ class Part:
         self.vocab_size = int(lib.llama.llama_vocab_n_tokens(lib.llama.llama_model_get_vocab(self.handle)))
 
     @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Values of K and of V that a head keeps of one position."""
+        usual = self.hidden_size // max(1, library().llama.llama_model_n_head(self.handle))
+        return self._fact("attention.key_length", usual), self._fact("attention.value_length", usual)
+
+    @property
     def values_per_position(self) -> int:
         """Values of K and V that all its layers keep of one position."""
-        llama = library().llama
-        heads, whole = llama.llama_model_n_head(self.handle), llama.llama_model_n_head_kv(self.handle)
-        usual = self.hidden_size // max(1, heads)
-        widths = (self._fact(f"attention.{name}_length", usual) for name in ("key", "value"))
-        return self.num_layers * int(whole) * sum(widths)
+        heads = int(library().llama.llama_model_n_head_kv(self.handle))
+        return self.num_layers * heads * sum(self.head_sizes)
 
     def _fact(self, key: str, usual: int) -> int:
         """A number among the file's key-value pairs."""
@@ -140,8 +144,8 @@ class Lane:
         params.n_seq_max = options.max_branches
         params.n_threads, params.n_threads_batch = self.part.threads.one, self.part.threads.more
         params.kv_unified = True
-        params.flash_attn_type = 0
-        params.type_k = params.type_v = GGML_TYPES[options.kv_type]
+        params.flash_attn_type = int(options.kv.is_quantized)
+        params.type_k = params.type_v = options.kv.number
         params.no_perf = True
         params.offload_kqv = params.op_offload = self.part.gpu_layers != 0
         if self._watch is not None:

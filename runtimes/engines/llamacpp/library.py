@@ -22,7 +22,6 @@ from skipstone.errors import EngineError
 
 FloatArray = NDArray[np.float32]
 FLOAT_BYTES = 4
-GGML_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 _NO_DEVICES = (ctypes.c_void_p * 1)()
 NO_DEVICES = ctypes.addressof(_NO_DEVICES)  # an empty list, for weights that stay on the CPU
 _INSTALL = 'install the engine with `pip install "skipstone[llamacpp]"` (README: building llama-cpp-python)'

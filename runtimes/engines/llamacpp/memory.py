@@ -16,8 +16,6 @@ from skipstone.runtimes.engines.llamacpp.load_plan import LoadPlan
 from skipstone.runtimes.engines.llamacpp.registry import RegisteredDevice, registered_devices
 from skipstone.runtimes.host_memory import available_bytes
 
-_VALUE_BYTES = {"f32": 4, "f16": 2}
-
 
 def check_room(bundle: Bundle, plan: LoadPlan) -> None:
     """Refuse to load weights that do not fit. Sizes of files stand for what is computed with besides.
@@ -57,7 +55,7 @@ def check_room_for_cells(parts: Iterable[Part], context_length: int, options: La
     cells = max(context_length, options.max_width, options.max_branches, options.source_length)
     host = gpu = 0
     for part in parts:
-        whole = part.values_per_position * cells * _VALUE_BYTES[options.kv_type]
+        whole = options.kv.num_bytes(part.values_per_position) * cells
         there = whole * min(max(0, part.gpu_layers - 1), part.num_layers) // max(1, part.num_layers)
         gpu, host = gpu + there, host + whole - there
     for needed, free, where in (

@@ -69,8 +69,9 @@ def test_gpu_layers_without_a_gpu_backend_are_refused(tiny_bundle: Bundle) -> No
             open_engine(tiny_bundle, EngineOptions(threads=1, gpu_layers=1))
 
 
-def test_an_unknown_kv_type_is_refused(tiny_bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="f16, f32"):
+def test_a_type_of_k_and_v_in_blocks_is_refused_where_heads_are_no_whole_blocks(tiny_bundle: Bundle) -> None:
+    """Heads of 16."""
+    with pytest.raises(UsageError, match="--kv-type q8_0: heads keep 16 values of K"):
         open_engine(tiny_bundle, EngineOptions(threads=1, kv_type="q8_0"))
 
 

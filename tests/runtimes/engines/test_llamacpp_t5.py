@@ -337,3 +337,15 @@ def test_threads_are_chosen_for_every_part(bundle: Bundle) -> None:
         session.encode(SOURCE)
         np.testing.assert_allclose(session.prefill(PROMPT), fresh(engine, PROMPT), atol=1e-4)
     engine.close()
+
+
+def test_k_and_v_may_be_kept_in_half_the_bits_but_not_in_blocks(bundle: Bundle, eager: EagerT5Engine) -> None:
+    half = open_engine(bundle, EngineOptions(threads=1, kv_type="bf16"))
+    with Session(half, 64) as one, Session(eager, 64) as other:
+        one.encode(SOURCE)
+        other.encode(SOURCE)
+        difference = np.abs(one.prefill(PROMPT) - other.prefill(PROMPT)).max()
+    half.close()
+    assert TOLERANCE < difference < 0.3
+    with pytest.raises(UsageError, match="--kv-type q8_0: llama.cpp cannot quantise"):
+        open_engine(bundle, EngineOptions(threads=1, kv_type="q8_0"))

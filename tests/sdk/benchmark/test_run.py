@@ -9,7 +9,7 @@ import pytest
 from skipstone.benchmark import subject
 from skipstone.benchmark.memory import MemoryRequest, own_peak_bytes, peak_rss_mb
 from skipstone.benchmark.run import BenchOptions, run_bench
-from skipstone.bundle import CostCurve
+from skipstone.bundle import CostCurve, open_bundle
 from skipstone.errors import ContextFullError, EngineError, UsageError
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.sampling import SamplingConfig
@@ -107,6 +107,22 @@ def test_a_strategy_that_cannot_run_is_refused(coder_bundle_f32: Path) -> None:
         run_bench(coder_bundle_f32, replace(OPTIONS, strategies=("draft-model",)))
     with pytest.raises(ContextFullError, match="prompt 2"):
         run_bench(coder_bundle_f32, replace(OPTIONS, prompts=("a", "word " * 200)))
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_k_and_v_of_four_bits_have_a_margin_of_their_own(
+    coder_bundle_f32: Path, whole_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured with them in full precision says nothing of them; the baselines keep them likewise."""
+    monkeypatch.setattr(subject, "measure", even_curve)
+    options = replace(OPTIONS, strategies=("staged",), repeats=1, kv_type="q4_0")
+    report = run_bench(coder_bundle_f32, replace(options, baselines=True, whole_gguf=whole_gguf))
+    rows = {row.strategy: row for row in report.rows}
+    assert {"plain", "staged", "llama_decode"} <= set(rows)
+    assert report.kv_type == "q4_0"
+    assert report.bundle.near_tie_margin > 10 * open_bundle(coder_bundle_f32).manifest.near_tie_margin
+    assert all(rows[name].other_divergences == 0 for name in ("staged", "llama_decode"))
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_a_flag_that_cannot_work_is_refused_before_the_bundle_is_opened(
     [
         (("--threads", "0"), ("--threads 0",)),
         (("--threads", "100000"), ("--threads 100000",)),
-        (("--kv-type", "q2"), ("--kv-type q2", "f16")),
+        (("--kv-type", "q2"), ("--kv-type q2", "f16, bf16, q8_0")),
         (("--context-length", "0"), ("context length 0",)),
         (("--context-length", "99999999"), ("context length 99999999",)),
         (

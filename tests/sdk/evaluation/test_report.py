@@ -23,7 +23,7 @@ def _row(label: str, size: int, divergence: float, fast: float | None = None) ->
 def _report(*rows: Row) -> EvaluationReport:
     machine = Machine("Linux", "a processor", 2, "3.11", "an engine")
     return EvaluationReport(
-        rows, "dense", "text.jsonl", "ab" * 32, 3, 64, None, ("skipstone", "evaluate"), "now", machine
+        rows, "dense", "text.jsonl", "ab" * 32, 3, 64, None, None, ("skipstone", "evaluate"), "now", machine
     )
 
 

@@ -11,6 +11,7 @@ from skipstone.bundle import open_bundle
 from skipstone.cli import run
 from skipstone.errors import UsageError
 from skipstone.evaluation import EvaluateOptions, evaluate
+from skipstone.evaluation.render import facts
 from skipstone.evaluation.speed import SpeedOptions
 from tests.conftest import Export
 from tests.exporters.tiny import GENTLE, make_checkpoint
@@ -111,9 +112,27 @@ def test_the_shipped_model_from_the_command_line(
     assert "data:image/svg+xml;base64," in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+@pytest.mark.engine
+def test_k_and_v_of_fewer_bits_say_something_else_and_the_report_names_them(
+    coder_bundle_q8_0: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("def read(self):\n    return self.file.read()\n" * 20, encoding="utf-8")
+    usual, four = (
+        evaluate((str(coder_bundle_q8_0),), EvaluateOptions(text, threads=1, memory=False, kv_type=kv_type))
+        for kv_type in (None, "q4_0")
+    )
+    assert (usual.kv_type, four.kv_type) == (None, "q4_0")
+    assert 0.001 < abs(four.rows[0].prediction.loss - usual.rows[0].prediction.loss) < 0.5
+    assert "; K and V in q4_0" in facts(four)
+    assert "K and V" not in facts(usual)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--held-out", str(HELD_OUT), "--kv-type", "q8_0"), "is of format checkpoint; only GGUF bundles"),
         (("--held-out", "missing.txt"), "--held-out missing.txt: cannot be read"),
         ((), "Missing option '--held-out'"),
         (("--held-out", str(HELD_OUT), "--output", "nowhere/page.html"), "--output nowhere/page.html"),
