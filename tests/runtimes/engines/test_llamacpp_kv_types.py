@@ -1,4 +1,4 @@
-"""K and V in every type that llama.cpp keeps them in, on the reference model: size, exactness, trees, rewinding, drafts."""
+"""K and V in every type that llama.cpp keeps them in: size, exactness, trees, rewinding, drafts."""
 
 from __future__ import annotations
 

@@ -347,5 +347,5 @@ def test_k_and_v_may_be_kept_in_half_the_bits_but_not_in_blocks(bundle: Bundle, 
         difference = np.abs(one.prefill(PROMPT) - other.prefill(PROMPT)).max()
     half.close()
     assert TOLERANCE < difference < 0.3
-    with pytest.raises(UsageError, match="--kv-type q8_0: llama.cpp cannot quantise"):
+    with pytest.raises(UsageError, match=r"--kv-type q8_0: llama\.cpp cannot quantise"):
         open_engine(bundle, EngineOptions(threads=1, kv_type="q8_0"))

@@ -114,7 +114,9 @@ def test_a_strategy_that_cannot_run_is_refused(coder_bundle_f32: Path) -> None:
 def test_k_and_v_of_four_bits_have_a_margin_of_their_own(
     coder_bundle_f32: Path, whole_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured with them in full precision says nothing of them; the baselines keep them likewise."""
+    """What was measured with them in full precision says nothing of them. The baseline keeps them likewise, but the
+    uncut model has the values of K in another order, and rounds them otherwise.
+    """
     monkeypatch.setattr(subject, "measure", even_curve)
     options = replace(OPTIONS, strategies=("staged",), repeats=1, kv_type="q4_0")
     report = run_bench(coder_bundle_f32, replace(options, baselines=True, whole_gguf=whole_gguf))
@@ -122,7 +124,8 @@ def test_k_and_v_of_four_bits_have_a_margin_of_their_own(
     assert {"plain", "staged", "llama_decode"} <= set(rows)
     assert report.kv_type == "q4_0"
     assert report.bundle.near_tie_margin > 10 * open_bundle(coder_bundle_f32).manifest.near_tie_margin
-    assert all(rows[name].other_divergences == 0 for name in ("staged", "llama_decode"))
+    assert rows["staged"].other_divergences == 0
+    assert rows["staged"].accepted > 0
 
 
 @pytest.mark.slow
