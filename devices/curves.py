@@ -88,6 +88,7 @@ class MeasuredCurve(BaseModel):
 
     Attributes:
         kind, schema_version: what the file is.
+        status: `estimated` where no device was measured.
         key: what the curve holds for.
         exits: layer counts at the segments' ends, the last one included.
         curve: seconds by segment and width.
@@ -99,6 +100,7 @@ class MeasuredCurve(BaseModel):
 
     kind: Literal["skipstone cost curve"] = "skipstone cost curve"
     schema_version: Literal[1] = SCHEMA_VERSION
+    status: Literal["measured", "estimated"] = "measured"
     key: CurveKey
     exits: tuple[int, ...]
     curve: CostCurve
@@ -226,13 +228,22 @@ def read_curve(path: Path, flag: str = "--curve") -> MeasuredCurve:
     found = _read(path)
     if found.content is None:
         raise UsageError(f"{flag} {path}: {found.problem}", hint=_HINT)
-    widths = found.content.curve.widths
+    check_widths(found.content, path, flag, _HINT)
+    return found.content
+
+
+def check_widths(measured: MeasuredCurve, path: Path, flag: str, hint: str) -> None:
+    """Refuse a curve that nothing can be planned with.
+
+    Raises:
+        UsageError: a single width, or none of one row; with the hint.
+    """
+    widths = measured.curve.widths
     if widths[0] != 1 or len(widths) < 2:
         raise UsageError(
             f"{flag} {path}: widths {', '.join(map(str, widths))}: planning needs 1 and at least one more",
-            hint=_HINT,
+            hint=hint,
         )
-    return found.content
 
 
 def check_fits(measured: MeasuredCurve, bundle: Bundle, path: Path, flag: str = "--curve") -> None:

@@ -127,6 +127,10 @@ def _detect_qnn(support: FormatSupport) -> Availability:
     return Availability(True, f"onnxruntime-qnn {version}, {support.backend}{emulated}")
 
 
+def _detect_ethosu(_support: FormatSupport) -> Availability:
+    return Availability(False, "programs are made for firmware; Skipstone has no engine that runs them")
+
+
 def _detect_coreml(_support: FormatSupport) -> Availability:
     return Availability(False, "packages are made for apps; Skipstone has no engine that runs them")
 
@@ -136,6 +140,7 @@ _DETECTORS = {
     "executorch": _detect_executorch,
     "onnxruntime": _detect_onnxruntime,
     "coreml": _detect_coreml,
+    "ethosu": _detect_ethosu,
 }
 
 

@@ -36,7 +36,7 @@ class FormatSupport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    engine: Literal["llamacpp", "executorch", "onnxruntime", "coreml"]
+    engine: Literal["llamacpp", "executorch", "onnxruntime", "coreml", "ethosu"]
     backend: str
     quantizations: tuple[str, ...] = Field(min_length=1)
     gpu_layers: int = Field(default=0, ge=-1)

@@ -150,9 +150,16 @@ FORMATS = {
     "executorch": "skipstone.exporters.formats.executorch.exporter:export_executorch",
     "onnx": "skipstone.exporters.formats.onnx.exporter:export_onnx",
     "coreml": "skipstone.exporters.formats.coreml.exporter:export_coreml",
+    "ethosu": "skipstone.exporters.formats.ethosu.exporter:export_ethosu",
 }
 
-_EXTRAS = {"gguf": "llamacpp", "executorch": "executorch", "onnx": "onnx", "coreml": "executorch,onnx"}
+_EXTRAS = {
+    "gguf": "llamacpp",
+    "executorch": "executorch",
+    "onnx": "onnx",
+    "coreml": "executorch,onnx",
+    "ethosu": "executorch,onnx",
+}
 
 
 def exporter_of(name: str) -> Exporter:

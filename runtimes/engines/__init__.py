@@ -60,6 +60,7 @@ ENGINES: dict[str, Callable[[Bundle, EngineOptions], Engine]] = {
     "executorch": _executorch,
     "onnx": _onnxruntime,
     "coreml": _absent,
+    "ethosu": _absent,
 }
 
 

@@ -11,6 +11,7 @@ Nothing here imports torch or an engine; a bundle holds no pickles.
 from skipstone.bundle.calibration import Calibration, Knob, Risk
 from skipstone.bundle.compression import Compression, CompressionStep, ExitAgreement, Fidelity, ModelSize
 from skipstone.bundle.coreml import PACKAGE_INTERFACE, FunctionEntry, PackageEntry
+from skipstone.bundle.ethosu import NPU_INTERFACE, NpuEntry, NpuProgramEntry
 from skipstone.bundle.fixed import FixedShapes, PieceEntry, part_names
 from skipstone.bundle.folder import (
     Bundle,
@@ -43,6 +44,7 @@ from skipstone.bundle.manifest import (
     EmbeddingEntry,
     EncoderFacts,
     EncoderSegmentEntry,
+    EthosUManifest,
     ExecuTorchManifest,
     FileEntry,
     GgufManifest,
@@ -62,6 +64,7 @@ from skipstone.bundle.qnn import QnnEntry, SharedEntry
 __all__ = [
     "GRAPH_INTERFACE",
     "MANIFEST_NAME",
+    "NPU_INTERFACE",
     "PACKAGE_INTERFACE",
     "PROGRAM_INTERFACE",
     "SCHEMA_VERSION",
@@ -77,6 +80,7 @@ __all__ = [
     "EmbeddingEntry",
     "EncoderFacts",
     "EncoderSegmentEntry",
+    "EthosUManifest",
     "ExecuTorchManifest",
     "ExitAgreement",
     "Fidelity",
@@ -91,6 +95,8 @@ __all__ = [
     "MethodEntry",
     "ModelFacts",
     "ModelSize",
+    "NpuEntry",
+    "NpuProgramEntry",
     "OnnxManifest",
     "PackageEntry",
     "Parity",

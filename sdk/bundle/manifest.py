@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, field_validator, model_validator
 from skipstone.bundle.calibration import Calibration
 from skipstone.bundle.compression import Compression, ExitAgreement
 from skipstone.bundle.coreml import PackageEntry
+from skipstone.bundle.ethosu import NpuEntry
 from skipstone.bundle.graphs import GraphsEntry
 from skipstone.bundle.record import Record
 
@@ -474,6 +475,28 @@ class CoreMlManifest(ManifestBase):
         return self
 
 
-AnyManifest = GgufManifest | ExecuTorchManifest | OnnxManifest | CoreMlManifest
+class EthosUManifest(ManifestBase):
+    """A bundle of programs for an Ethos-U, of a decoder alone."""
+
+    format: Literal["ethosu"] = "ethosu"
+    npu: NpuEntry
+
+    def _artefacts(self) -> dict[str, str]:
+        npu = self.npu
+        found = {each.file: f"{npu.target} program: {each.part}, {each.width} rows" for each in npu.programs}
+        found[npu.embedding.file] = f"embeddings ({npu.embedding.type})"
+        if npu.draft_vocabulary is not None:
+            found[npu.draft_vocabulary] = "draft head's token ids"
+        return found
+
+    @model_validator(mode="after")
+    def _programs_are_the_exits(self) -> Self:
+        if self.parity is not None:
+            raise ValueError("parity: programs that were never run have no figures")
+        self.npu.check_pieces(self.exits, self.npu.programs)
+        return self
+
+
+AnyManifest = GgufManifest | ExecuTorchManifest | OnnxManifest | CoreMlManifest | EthosUManifest
 Manifest = Annotated[AnyManifest, Field(discriminator="format")]
 MANIFEST: TypeAdapter[AnyManifest] = TypeAdapter(Manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skipstone.bundle import CoreMlManifest, ExecuTorchManifest, Manifest, OnnxManifest
+from skipstone.bundle import CoreMlManifest, EthosUManifest, ExecuTorchManifest, Manifest, OnnxManifest
 
 _MISSING = "the exporting machine does not have it, so there was no self-test"
 
@@ -19,6 +19,18 @@ def untested(manifest: Manifest) -> list[str]:
             f"checked: {len(package.functions)} functions share {package.stored_bytes / 1e6:.1f} MB of weights, apart "
             f"they would hold {apart / 1e6:.1f}; computed in "
             f"float16, the best token is the checkpoint's at {package.agreement:.0%} of positions",
+        ]
+    if isinstance(manifest, EthosUManifest):
+        npu = manifest.npu
+        row = sum(
+            npu.seconds(each.part, 1)
+            for each in npu.programs
+            if each.width == 1 and each.part != "draft_head"
+        )
+        return [
+            f"compiled for {npu.target} by {npu.compiler}, not run: {_MISSING}",
+            f"estimated: {row * 1e3:.2f} ms for a token by itself" if row else "no program for one row",
+            f"on TOSA's reference model the best token is the checkpoint's at {npu.agreement:.0%} of positions",
         ]
     if not isinstance(manifest, ExecuTorchManifest):
         return ["not run where it was exported: no self-test"]

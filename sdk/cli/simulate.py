@@ -26,7 +26,10 @@ def simulate(
     ] = False,
     curve: Annotated[
         Path | None,
-        typer.Option(help="The device's costs, from bench --curve-only.", show_default="the trace's own"),
+        typer.Option(
+            help="The device's costs: a file from bench --curve-only, or a bundle that holds estimates.",
+            show_default="the trace's own",
+        ),
     ] = None,
     draft_curve: Annotated[Path | None, typer.Option(help="The draft model's costs there.")] = None,
     widths: Annotated[
@@ -170,24 +173,26 @@ def _curve(trace: Trace, path: Path | None) -> MeasuredCurve:
     Raises:
         UsageError: it is none, or of a model that is cut elsewhere.
     """
-    from skipstone.devices.curves import check_exits, read_curve
+    from skipstone.devices.curves import check_exits
+    from skipstone.devices.estimates import curve_of
 
     if path is None:
         return trace.header.curve
-    found = read_curve(path)
+    found = curve_of(path)
     check_exits(found, trace.header.curve.exits, path)
     return found
 
 
 def _draft_curve(trace: Trace, path: Path | None, *, elsewhere: bool) -> MeasuredCurve | None:
     """The draft model's curve; the trace's own where the device is the trace's too."""
-    from skipstone.devices.curves import check_exits, read_curve
+    from skipstone.devices.curves import check_exits
+    from skipstone.devices.estimates import curve_of
 
     own = trace.header.draft_model
     if path is None:
         return None if elsewhere or own is None else own.curve
     if own is None:
         raise UsageError(f"--draft-curve {path}: the trace knows no draft model", hint="leave it out")
-    found = read_curve(path, "--draft-curve")
+    found = curve_of(path, "--draft-curve")
     check_exits(found, own.curve.exits, path, "--draft-curve")
     return found

@@ -9,6 +9,7 @@ from skipstone.devices.profiles import load_profile, profile_names, read_profile
 from skipstone.errors import DeviceError, UsageError
 from skipstone.exporters.formats import FORMATS
 from skipstone.exporters.formats.coreml import schemes as coreml_schemes
+from skipstone.exporters.formats.ethosu import schemes as ethosu_schemes
 from skipstone.exporters.formats.executorch.targets import TARGETS
 from skipstone.exporters.formats.gguf.schemes import SCHEMES
 from skipstone.exporters.formats.onnx import targets as onnx_targets
@@ -33,16 +34,24 @@ def test_every_file_of_the_folder_is_a_profile_of_its_name() -> None:
     files = {path.stem for path in Path(profiles.__file__).parent.glob("*.toml")}
     assert files == set(profile_names()) >= {
         "cpu", "cuda", "metal", "vulkan", "android-cpu", "android-vulkan", "apple-coreml",
+        "ethos-u85",
     }  # fmt: skip
     assert all(load_profile(name).name == name for name in files)
 
 
-_ENGINES = {"gguf": "llamacpp", "executorch": "executorch", "onnx": "onnxruntime", "coreml": "coreml"}
+_ENGINES = {
+    "gguf": "llamacpp",
+    "executorch": "executorch",
+    "onnx": "onnxruntime",
+    "coreml": "coreml",
+    "ethosu": "ethosu",
+}
 _SCHEMES_OF = {
     "llamacpp": lambda _backend: SCHEMES,
     "executorch": lambda target: TARGETS[target].schemes,
     "onnxruntime": lambda target: onnx_targets.TARGETS[target].schemes,
     "coreml": lambda _backend: coreml_schemes.SCHEMES,
+    "ethosu": lambda _backend: ethosu_schemes.SCHEMES,
 }
 
 

@@ -24,7 +24,7 @@ def runtime() -> Any:
         ) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of ONNX Runtime's says, its first line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
