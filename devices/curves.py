@@ -88,7 +88,7 @@ class MeasuredCurve(BaseModel):
 
     Attributes:
         kind, schema_version: what the file is.
-        status: `estimated` where no device was measured.
+        status: `estimated` where no device was measured; then of programs of fixed shapes, for `curve.widths` alone.
         key: what the curve holds for.
         exits: layer counts at the segments' ends, the last one included.
         curve: seconds by segment and width.

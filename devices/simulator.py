@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain
 from typing import Protocol
@@ -112,6 +112,10 @@ class Host:
             return self.stated
         base, slope = self.fits.get((strategy, drafter)) or self._like(strategy, drafter)
         return base + slope * drafted
+
+    def beside_fixed_shapes(self) -> Host:
+        """The same beside programs of fixed shapes, whose calls take as long behind any context."""
+        return replace(self, stretch=1.0, stretches={})
 
     def _like(self, strategy: str, drafter: str) -> tuple[float, float]:
         """What a pair that was never seen is taken for; a round that drafts, for one that drafts if any was seen."""

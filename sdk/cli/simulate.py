@@ -71,7 +71,11 @@ def simulate(
     if against:
         sheet = _compare(first, host, against, drafts)
     else:
-        device = Device(_curve(first, curve), drafts, parse_widths(widths))
+        costs, programs = _curve(first, curve), parse_widths(widths)
+        if costs.status == "estimated":
+            hosts = [each.beside_fixed_shapes() for each in hosts]
+            programs = programs or costs.curve.widths
+        device, host = Device(costs, drafts, programs), hosts[0]
         if search:
             sheet = sheets.searched(planner.search(recorded, device, hosts))
         else:

@@ -118,6 +118,28 @@ def test_cuts_widths_and_a_stated_host_are_in_the_table(
     assert "2 ms per round" in " ".join(out.split())
 
 
+def test_estimates_are_of_programs_of_fixed_shapes(
+    trace: Path, phone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are padded up to one, and a context that grows costs no more."""
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    for round in (each for line in lines[1:] for each in line["rounds"]):
+        round["engine_seconds"] = 3.0 * round["engine_seconds"]
+        round["seconds"] = 3.0 * round["seconds"]
+    slow = tmp_path / "slow.jsonl"
+    slow.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    npu = tmp_path / "npu.json"
+    npu.write_text(PHONE.model_copy(update={"status": "estimated"}).model_dump_json())
+    widths = ",".join(map(str, PHONE.curve.widths))
+    padded = read(capsys, trace, "--curve", phone, "--widths", widths)["predictions"]
+    estimated = read(capsys, slow, "--curve", npu)
+    assert estimated["stretch"] == 1.0
+    for ours, theirs in zip(estimated["predictions"], padded, strict=True):
+        assert ours["device_seconds"] == pytest.approx(theirs["device_seconds"], rel=1e-3)
+    through = read(capsys, trace, "--curve", phone)["predictions"]
+    assert [each["device_seconds"] for each in through] != [each["device_seconds"] for each in padded]
+
+
 def test_the_costs_that_were_followed_count_more_than_those_at_the_start(
     trace: Path, report: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
