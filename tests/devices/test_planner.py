@@ -81,6 +81,21 @@ def test_the_winner_is_the_fastest_of_all_that_are_then_measured(
     )
 
 
+@pytest.mark.parametrize("device", [FLAT, MILD, STEEP], ids=["flat", "mild", "steep"])
+@pytest.mark.parametrize("exit_layer", EXITS)
+def test_the_trees_that_are_replayed_hold_the_fastest_one_of_an_exit(
+    bench: Bench, exit_layer: int, device: MeasuredCurve
+) -> None:
+    """Whatever else wins there: a choice that forgot what rows cost, or what they bring, would be told by this."""
+    widths = tuple(range(1, 17))
+    plans = (each.plan for each in found(bench, Device(device, widths=widths), EXIT_ONLY))
+    best = next(plan for plan in plans if plan.tree and plan.exit == exit_layer)
+    own = measured(bench, best, device, widths)
+    rates = {plan: measured(bench, plan, device, widths) for plan in rivals(()) if plan.exit == exit_layer}
+    fastest = max(rates, key=lambda plan: rates[plan])
+    assert own >= 0.97 * rates[fastest], f"{best.label}: {own:.1f}; {fastest.label}: {rates[fastest]:.1f}"
+
+
 def test_devices_differ_in_what_they_want(bench: Bench) -> None:
     free, few, dear = (
         found(bench, device, EXIT_ONLY)[0].plan
