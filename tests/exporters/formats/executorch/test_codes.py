@@ -1,6 +1,7 @@
 """Codes that a compressed checkpoint has, in the weights of a program."""
 
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from skipstone.exporters.formats.executorch.source_program import (
     quantize_parts,
 )
 from skipstone.exporters.pipeline import export_checkpoint
+from skipstone.runtimes.engines import EngineOptions, open_engine
+from skipstone.runtimes.session import Session
 from tests.exporters.compress.carried import logits, quantized
 from tests.exporters.conftest import MakeTiny
 from tests.exporters.test_pipeline import TOKENS, bundle_logits
 from tests.exporters.tiny import GENTLE, make_checkpoint
+from tests.exporters.tiny_t5 import EOS, PAD, T5Case, make_t5
 
 _SMALL = replace(GENTLE, config={"num_hidden_layers": 2, "tie_word_embeddings": False})
 _MIX = {"1": "8da8w", "0.down_proj": "8da8w", "0.o_proj": "none", "head": "8da8w"}
@@ -54,6 +58,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("codes")
     source = make_checkpoint(root / "gentle", _SMALL)
     return quantized(source, root / "small", Quantize(scheme="8da4w", method="gptq", mix=_MIX))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer in either stack, a head of its own."""
+    root = tmp_path_factory.mktemp("t5-codes")
+    shape = {"num_layers": 1, "num_decoder_layers": 1, "tie_word_embeddings": False}
+    source = make_t5(root / "t5", T5Case(shape, scale=0.4))
+    mix = {"encoder.0.wi": "8da8w", "0.k": "8da8w", "0.wo": "none"}
+    return quantized(source, root / "small", Quantize(scheme="8da4w", method="gptq", mix=mix))
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +153,32 @@ def test_an_encoder_decoders_parts_hold_what_the_codes_stand_for(
     assert seen == len(fixed(folder).weights) + (
         2 if name == "gentle" else 1
     )  # heads that share the table, or one
+
+
+@pytest.mark.slow
+def test_an_encoder_decoders_program_holds_the_codes_and_computes_what_torch_does(
+    t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKIPSTONE_CACHE", str(tmp_path / "cache"))
+    bundle = export_checkpoint(t5, tmp_path / "out", exits=(), context_length=64, max_source_length=32)
+    codes = fixed(t5)
+    quantization = bundle.manifest.quantization
+    assert (bundle.manifest.format, quantization.scheme) == ("executorch", "8da4w")
+    assert quantization.codes_sha256 == codes.sha256
+    program = bundle.file("model.pte").read_bytes()
+    for name, weight in codes.weights.items():
+        if name != "shared.weight":  # packed in another order
+            assert as_xnnpack_stores(weight.parts["codes"], weight.grid) in program, name
+    assert {weight.grid for weight in codes.weights.values()} == {"int4_g32", "int8_channel"}
+    source, tokens = [*range(7, 30), EOS], [PAD, *range(40, 60)]
+    with closing(open_engine(bundle, EngineOptions(threads=1))) as engine, Session(engine, 64) as session:
+        session.encode(source)
+        found = np.stack(session.advance(session.push(tokens), session.exits[-1]))
+    with torch.no_grad():
+        given = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([tokens])}
+        expected = load_eager(t5)(**given).logits[0].numpy()
+    assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+    assert bundle.manifest.parity.agreement_with_reference > 0.9
 
 
 @pytest.mark.slow
