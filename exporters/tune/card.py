@@ -176,7 +176,7 @@ def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML that reads back to the same recipe, if it says nothing that its task does not use."""
     parts = asdict(recipe)
     task = parts.pop("task")
-    unused = () if task == "seq2seq" else ("seq2seq", "noise")
+    unused = ("ternary",) if task == "seq2seq" else ("seq2seq", "noise")
     lines = [] if task == Recipe().task else [f'task = "{task}"']
     for name, fields in parts.items():
         if name not in unused:

@@ -3,8 +3,8 @@
     >>> recipe = load_recipe("samples/recipes/coder.toml")
     >>> recipe = load_recipe("layerskip")  # the defaults, exits chosen from the model's depth
 
-A recipe is a TOML file with the tables `[corpus]`, `[layerskip]` and `[training]`, each key being a field of
-the data class of that name. `task = "seq2seq"` above them makes it one for encoder-decoders, which has the tables
+A recipe is a TOML file with the tables `[corpus]`, `[layerskip]`, `[training]` and `[ternary]`, each key being a field
+of the data class of that name. `task = "seq2seq"` above them makes it one for encoder-decoders, which has the tables
 `[seq2seq]` and `[noise]` too. Unknown keys and values out of range are refused.
 """
 
@@ -90,6 +90,20 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Ternary:
+    """Weights of -1, 0 and 1 times a scale in the linear layers of a decoder's blocks (BitNet b1.58, arXiv 2402.17764).
+
+    - `scale`: of each matrix: `mean` of its magnitudes, or their `median`; `none`: weights are trained as they are.
+    - `activation_bits`: that inputs of these layers are rounded to while training; 0: they are not.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    scale: Literal["none", "mean", "median"] = "none"
+    activation_bits: Literal[0, 8] = 8
+
+
+@dataclass(frozen=True)
 class Seq2Seq:
     """What an encoder-decoder learns beside its decoder's exits: its encoder's.
 
@@ -149,6 +163,7 @@ class Recipe:
     seq2seq: Seq2Seq = field(default_factory=Seq2Seq)
     noise: Noise = field(default_factory=Noise)
     training: Training = field(default_factory=Training)
+    ternary: Ternary = field(default_factory=Ternary)
 
 
 def load_recipe(source: str | Path) -> Recipe:
@@ -176,7 +191,7 @@ def load_recipe(source: str | Path) -> Recipe:
 def parse_recipe(content: dict[str, object], *, name: str) -> Recipe:
     """Validate the parsed TOML `content` of a recipe called `name` in error messages."""
     try:
-        return TypeAdapter(Recipe).validate_python(content)
+        recipe = TypeAdapter(Recipe).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -184,6 +199,12 @@ def parse_recipe(content: dict[str, object], *, name: str) -> Recipe:
             f"{name}: {key}: {first['msg']}",
             hint="docs/tune.md lists every key of a recipe, its meaning and its range",
         ) from error
+    if recipe.task == "seq2seq" and recipe.ternary.scale != "none":
+        raise SkipstoneError(
+            f"{name}: ternary.scale: decoders alone are trained to ternary weights",
+            hint='leave [ternary] out, or task = "seq2seq"',
+        )
+    return recipe
 
 
 def exits_of(rotation: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ from skipstone.exporters.tune.progress import ShowProgress, tokens_per_step
 from skipstone.exporters.tune.recipe import BUILT_IN, Recipe, exits_of, load_recipe, rotation_for
 from skipstone.exporters.tune.schedule import Clock
 from skipstone.exporters.tune.task import Ingredients
+from skipstone.exporters.tune.ternary import settle, ternarise
 from skipstone.exporters.tune.trainer import (
     LayerSkipTrainer,
     RunControl,
@@ -138,6 +139,7 @@ def tune(options: TuneOptions, console: Console | None = None) -> ExitReport:
         console.print(
             f"evaluating on up to {options.evaluate_windows} held-out sequences; this takes minutes"
         )
+    settle(ready.task.net.model)
     evaluation = ready.task.evaluate(exits_of(ready.rotation), options.evaluate_windows)
     if arguments.process_index == 0:
         _finish(options, ready, trainer, evaluation)
@@ -215,6 +217,7 @@ def _prepare(options: TuneOptions, recipe: Recipe, console: Console) -> _Ready:
         model = fresh_model(options.from_config, dtype, recipe.task)
     else:
         model, tokenizer = load_model(str(options.checkpoint), dtype, recipe.task)
+    ternarise(model, recipe.ternary)
     rotation = rotation_for(recipe.layerskip, decoder_layers(model))
     ingredients = Ingredients(
         recipe=recipe,

@@ -15,6 +15,7 @@ from skipstone.benchmark.lossless import first_difference
 from skipstone.bundle import Bundle, CostCurve, open_bundle
 from skipstone.exporters.checkpoint import open_checkpoint
 from skipstone.exporters.formats.gguf.schemes import SCHEMES as EXPORT_SCHEMES
+from skipstone.exporters.formats.gguf.schemes import TERNARY
 from skipstone.exporters.formats.gguf.vocabulary import tokenizer_keys
 from skipstone.exporters.formats.gguf.whole import write_whole
 from skipstone.exporters.isolation import run_isolated
@@ -43,7 +44,7 @@ PROMPTS = [
 TOKENS = 40
 SCHEMES = ["f32", "q8_0", "q4_0"]
 # Every scheme has kernels of its own; those of the inner exits and of wide batches are what matters here.
-OTHER_SCHEMES = [name for name in EXPORT_SCHEMES if name not in SCHEMES]
+OTHER_SCHEMES = [name for name in EXPORT_SCHEMES if name not in (*SCHEMES, *TERNARY)]
 
 
 def flat_costs(engine: Engine) -> CostModel:

@@ -27,15 +27,17 @@ from skipstone.exporters.formats import ExportOptions, refuse_options
 from skipstone.exporters.formats.gguf import cut, vocabulary
 from skipstone.exporters.formats.gguf.mapping import decoder_of
 from skipstone.exporters.formats.gguf.parts import GgufModel
-from skipstone.exporters.formats.gguf.schemes import FLOATS, SCHEMES, Scheme, scheme_of
+from skipstone.exporters.formats.gguf.schemes import FLOATS, SCHEMES, TERNARY, Scheme, scheme_of
 from skipstone.exporters.formats.gguf.t5 import encoder_decoder_of
-from skipstone.exporters.formats.gguf.whole import native_float_type, write_whole
+from skipstone.exporters.formats.gguf.ternary import check_ternary
+from skipstone.exporters.formats.gguf.whole import layout_of, native_float_type, write_whole
 from skipstone.exporters.isolation import run_isolated
 
 _OF_ENCODER_DECODERS = {
     "encoder_exits": "a .gguf input is a decoder alone",
     "max_source_length": "a .gguf input is a decoder alone",
 }
+_CHOOSES_NOTHING = {"imatrix": "ternary weights are kept as they are"}
 _SHORTEST = 8  # positions that the self-test can work with
 _GIVEN_WHEN_OPENED = {"context_length": "a GGUF bundle of a decoder alone takes it when it is opened"}
 
@@ -71,6 +73,9 @@ def _from_checkpoint(
     encoder = encoder_facts(checkpoint, options.encoder_exits, options.max_source_length)
     context_length = _context_length(checkpoint, encoder, options)
     scheme = scheme_of(options.quantize or "q8_0")
+    if scheme.name in TERNARY:
+        check_ternary(checkpoint, layout_of(checkpoint), scheme.name)
+        refuse_options(options, _CHOOSES_NOTHING)
     tokenizer = load_tokenizer(checkpoint)
     float_type = scheme.name if scheme.name in FLOATS else native_float_type(checkpoint)
     weights = num_weights(checkpoint)
@@ -129,6 +134,11 @@ def _from_gguf(source: str, options: ExportOptions, scratch: Path, step: Callabl
         raise UsageError(
             f"--quantize {scheme.name}: {source} is quantised already ({present.name})",
             hint="leave --quantize out to keep it, or start from the f32 or f16 file",
+        )
+    if scheme.name in TERNARY and scheme.name != present.name:
+        raise UsageError(
+            f"--quantize {scheme.name}: takes a checkpoint whose layers are ternary, not a .gguf file",
+            hint="export the checkpoint, or leave --quantize out",
         )
     weights = sum(part.num_elements for part in model.parts.values())
     check_disk_space(scratch, weights, 2 * scheme.bits)

@@ -47,9 +47,13 @@ SCHEMES = {
         Scheme("iq4_xs", 30, 4.25, 0.5),
         Scheme("q3_k_m", 12, 3.9, 0.3),
         Scheme("q2_k", 10, 3.0, 0.15),
+        Scheme("tq2_0", 37, 2.06, 0.6),
+        Scheme("tq1_0", 36, 1.69, 0.6),
     )
 }
 FLOATS = ("f32", "f16", "bf16")
+TERNARY = ("tq2_0", "tq1_0")  # for checkpoints whose layers are ternary already
+_Q8_0 = 8  # ggml's number
 
 
 def scheme_of(name: str) -> Scheme:
@@ -80,6 +84,9 @@ def quantize_file(source: str, target: str, file_type: int, imatrix: str | None,
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = file_type, threads
+    if file_type in (SCHEMES[name].file_type for name in TERNARY):
+        # the tables are not ternary; llama.cpp would give them 4 bits
+        params.token_embedding_type = params.output_tensor_type = _Q8_0
     weights = {} if imatrix is None else dict(np.load(imatrix))
     if weights:
         records = (llama_cpp.llama_model_imatrix_data * (len(weights) + 1))()
