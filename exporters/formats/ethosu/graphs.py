@@ -172,11 +172,12 @@ def _observe(
         return [each.numpy() for each in found]
 
     walk = GraphWalk(call, shapes.heads, table, width, shapes.slots)
+    draft = "draft_head" if "draft_head" in graphs else "head"  # each rounds well what it was shown
     for first in range(0, len(tokens), shapes.slots):
         walk.begin()
         context = tokens[first : first + shapes.slots]
         for start in range(0, len(context), width):
-            walk.logits(context[start : start + width], draft="draft_head" in graphs)
+            walk.logits(context[start : start + width], draft=draft)
 
 
 def _take_over(part: str, observed: nn.Module, narrow: nn.Module) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.errors import ExportError
+from skipstone.exporters.formats.ethosu.tools import quiet_tools
 from skipstone.runtimes.engines.onnxruntime.library import first_line
-from skipstone.runtimes.quiet import quiet_libraries
 
 SYSTEM, MEMORY = "Ethos_U85_SYS_DRAM_Mid", "Shared_Sram"
 _OUTSIDE = ("quantize_per_tensor", "dequantize_per_tensor", "getitem", "executorch_call_delegate")
@@ -90,11 +87,7 @@ def lower(name: str, graph: nn.Module, inputs: tuple[Tensor, ...], target: str) 
     printed = io.StringIO()
     try:
         # vela is given its arguments as one text, so that its folder must not have a space in its name
-        with (
-            tempfile.TemporaryDirectory(prefix="skipstone-") as folder,
-            quiet_libraries(),
-            _quiet_output(printed),
-        ):
+        with tempfile.TemporaryDirectory(prefix="skipstone-") as folder, quiet_tools(printed):
             return _lowered(name, graph, inputs, target, Path(folder))
     except ExportError:
         raise
@@ -172,17 +165,3 @@ def _summary(folder: Path) -> dict[str, str]:
 def _rows(file: Path) -> list[dict[str, str]]:
     with file.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
-
-
-@contextlib.contextmanager
-def _quiet_output(printed: io.StringIO) -> Iterator[None]:
-    """Keep off standard output what vela prints: from Python in `printed`, from C++ nowhere."""
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    with contextlib.redirect_stdout(printed):
-        os.dup2(nowhere, 1)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)
-            os.close(nowhere)

@@ -5,6 +5,7 @@ What lies around the NPU's part, rounding its inputs and turning its outputs bac
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,7 @@ from numpy.typing import NDArray
 
 from skipstone.errors import ExportError
 from skipstone.exporters.formats.ethosu.lowering import Lowered, Step
-from skipstone.exporters.formats.ethosu.tools import tool
-from skipstone.runtimes.quiet import quiet_libraries
+from skipstone.exporters.formats.ethosu.tools import quiet_tools, tool
 
 Array = NDArray[Any]
 
@@ -58,7 +58,7 @@ class ReferenceProgram:
     def _run(self, inputs: dict[str, Array]) -> list[Array]:
         model = tool("tosa_reference_model")
         ordered = [np.ascontiguousarray(inputs[name]) for name in self._inputs]
-        with quiet_libraries():
+        with quiet_tools(io.StringIO()):
             outputs, status = model.run(
                 self._tosa, ordered, verbosity="LOW", initialize_variable_tensor_from_numpy=True
             )

@@ -7,10 +7,13 @@ TOSA's package asks for an older numpy than ours without needing it, so the tool
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from skipstone.errors import ExportError
@@ -46,6 +49,21 @@ def load_tools() -> None:
 def tool(name: str) -> Any:
     """A module of theirs, behind `load_tools`."""
     return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def quiet_tools(printed: io.StringIO) -> Iterator[None]:
+    """Keep off the terminal what they write: what Python prints goes to `printed`, the rest, from C++, nowhere."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    with quiet_libraries(), contextlib.redirect_stdout(printed):
+        os.dup2(nowhere, 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def _load(names: Sequence[str], problem: str, hint: str) -> None:

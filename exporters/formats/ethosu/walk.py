@@ -48,12 +48,12 @@ class GraphWalk:
             for shapes in self._shapes
         ]
 
-    def logits(self, tokens: Sequence[int], *, draft: bool = False) -> FloatArray:
+    def logits(self, tokens: Sequence[int], *, draft: str | None = None) -> FloatArray:
         """Continue the context by at most `width` tokens; logits [n, vocabulary] behind each.
 
         Args:
             tokens: n of them.
-            draft: also run the draft head behind every segment but the last, for whoever watches `call`.
+            draft: a head to run behind every segment but the last as well, for whoever watches `call`.
         """
         count, length = len(tokens), self._length
         hidden = np.zeros((1, self._width, self._table.shape[1]), np.float32)
@@ -65,8 +65,8 @@ class GraphWalk:
             hidden, *present = self._call(f"segment_{index}", [hidden, positions, mask, *past])
             for kept, new in zip(past, present, strict=True):
                 kept[:, :, length : length + count] = new[:, :, :count]
-            if draft and index + 1 < len(self._past):
-                self._call("draft_head", [hidden])
+            if draft is not None and index + 1 < len(self._past):
+                self._call(draft, [hidden])
         self._length += count
         return self._call("head", [hidden])[0][0, :count]
 

@@ -110,14 +110,19 @@ def test_the_reference_model_computes_what_the_rounding_graph_does(
         assert np.abs(theirs).max() > 0
 
 
-def test_programs_compute_the_checkpoints_logits(made: Made, checkpoint: Path) -> None:
-    """Two calls of 4 rows, the second behind what the first kept; against float32, with no part of ours in between."""
+def test_programs_compute_the_checkpoints_logits(
+    made: Made, checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two calls of 4 rows, the second behind what the first kept; against float32, with no part of ours in between, and
+    nothing written to the terminal.
+    """
     programs = {part: ReferenceProgram(part, made.programs[f"{part}-4"][2]) for part in PARTS}
     table = np.fromfile(made.bundle.file("embeddings.f16"), "<f2").reshape(-1, 64)
     shapes = [[HeadShape(heads=1, size=32)]]
     walk = GraphWalk(lambda part, inputs: programs[part](inputs), shapes, table, 4, SLOTS)
     tokens = [int(each) for each in np.random.default_rng(1).integers(0, len(table), 8)]
     found = np.concatenate([walk.logits(tokens[:4]), walk.logits(tokens[4:])])
+    assert capfd.readouterr() == ("", "")
     with torch.no_grad():
         expected = load_eager(checkpoint)(torch.tensor([tokens])).logits[0].numpy()
     errors = np.abs(found - expected) / np.abs(expected).max()
@@ -214,7 +219,7 @@ def test_the_draft_head_is_calibrated_behind_every_inner_exit() -> None:
         called.append((part, float(inputs[0][0, 0, 0])))
         return [inputs[0] + 1]
 
-    GraphWalk(call, [[], [], []], np.zeros((2, 4)), 1, SLOTS).logits([0], draft=True)
+    GraphWalk(call, [[], [], []], np.zeros((2, 4)), 1, SLOTS).logits([0], draft="draft_head")
     assert [value for part, value in called if part == "draft_head"] == [1.0, 2.0]
 
 
