@@ -60,8 +60,8 @@ def flat_costs(engine: Engine) -> CostModel:
 class Opened:
     """A bundle of one scheme, with another one as its draft model if need be."""
 
-    def __init__(self, bundle: Bundle, draft: Bundle | None = None, kv_type: str | None = None) -> None:
-        options = EngineOptions(threads=1, kv_type=kv_type)
+    def __init__(self, bundle: Bundle, draft: Bundle | None = None) -> None:
+        options = EngineOptions(threads=1)
         self.engine = open_engine(bundle, options)
         self.draft = None if draft is None else open_engine(draft, options)
         self.exact = bundle.manifest.quantization.scheme == "f32"
