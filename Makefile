@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Given to pip for torch alone, say an --index-url that serves builds without CUDA.
 TORCH_ARGS ?=
-# Two processes; a file's tests stay in one, since they share what they export.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two processes; a file's tests stay in one, since they share what they export. tests/conftest.py orders the files.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BUNDLE ?= build/coder-q8_0
 
 BIN := $(VENV)/bin

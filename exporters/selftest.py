@@ -15,23 +15,25 @@ place.
 
 An encoder-decoder is given a source first, and then put to the same tests on its decoder's rows.
 
-The engine runs in a process of its own, so that a crash becomes an error that says so.
+The engine runs in a process of its own, so that a crash becomes an error that says so. So does the uncut model, unless
+it is one of eager torch's that reads its weights from the bundle: this process has loaded torch already.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstone.bundle import Parity
+from skipstone.bundle import Bundle, Parity, open_bundle
 from skipstone.errors import ExportError
+from skipstone.exporters.drafted import Drafted, UncutModel, head_error, load_drafts, save_drafts
 from skipstone.exporters.formats import Oracle
 from skipstone.exporters.isolation import num_threads, run_isolated
 from skipstone.exporters.probe import Probe
@@ -53,14 +55,6 @@ _EXACT_SPLIT, _QUANTIZED_SPLIT = 1e-3, 0.39
 _QUANTIZED_SPLIT_RMS = 0.1
 _DRAFT_HEAD_TOLERANCE = 0.05
 _HEAD_ROWS = 512
-
-
-class UncutModel(Protocol):
-    """See `skipstone.exporters.formats.Oracle`."""
-
-    def logits(self, tokens: Sequence[int], source: Sequence[int] = ()) -> FloatArray: ...
-
-    def draft_logits(self, hidden: FloatArray, token_ids: NDArray[np.int32]) -> FloatArray: ...
 
 
 @dataclass(frozen=True)
@@ -116,21 +110,29 @@ def run_self_test(folder: Path, test: SelfTest, scratch: Path) -> Parity:
     Raises:
         ExportError: a figure is past its tolerance, or the engine crashed.
     """
-    reference = None
+    probe, oracle = test.probe, test.oracle
+    reference, whole, drafts = (scratch / name for name in ("reference.npy", "whole.npy", "drafts.npz"))
     if test.reference is not None:
-        reference = scratch / "reference.npy"
-        np.save(reference, EagerReference(test.reference).logits(test.probe.tokens, test.probe.source))
+        np.save(reference, EagerReference(test.reference).logits(probe.tokens, probe.source))
+    uncut = None
+    if oracle.here:
+        uncut = _uncut(oracle, open_bundle(folder, verify_hashes=False))
+        np.save(whole, _whole_logits(uncut, probe))
     answer = run_isolated(
         "skipstone.exporters.selftest:measure",
         folder=str(folder),
-        oracle=test.oracle.made_by,
-        oracle_arguments=test.oracle.arguments,
-        reference=None if reference is None else str(reference),
-        tokens=list(test.probe.tokens),
-        source=list(test.probe.source),
+        oracle=None if oracle.here else asdict(oracle),
+        whole=str(whole),
+        drafts=str(drafts),
+        reference=None if test.reference is None else str(reference),
+        tokens=list(probe.tokens),
+        source=list(probe.source),
         exact=test.reference_tolerance is not None,
     )
-    return judge(Measured(**answer), test)
+    measured = Measured(**answer)
+    if uncut is not None:
+        measured = replace(measured, draft_head=head_error(load_drafts(drafts), uncut))
+    return judge(measured, test)
 
 
 def judge(measured: Measured, test: SelfTest) -> Parity:
@@ -192,8 +194,9 @@ def judge(measured: Measured, test: SelfTest) -> Parity:
 
 def measure(
     folder: str,
-    oracle: str,
-    oracle_arguments: dict[str, str],
+    oracle: dict[str, Any] | None,
+    whole: str,
+    drafts: str,
     reference: str | None,
     tokens: list[int],
     source: list[int],
@@ -201,21 +204,20 @@ def measure(
 ) -> dict[str, object]:
     """Run the unfinished bundle; see the module. Called through `run_isolated`.
 
-    Where nothing is quantised (`exact`) every single logit counts.
+    Where nothing is quantised (`exact`) every single logit counts. With an `oracle` the uncut model is asked here; else
+    its logits lie in `whole`, and what the draft head says is left in `drafts`.
 
     Returns:
         The fields of `Measured`.
     """
-    from skipstone.bundle import open_bundle
     from skipstone.runtimes.engines import EngineOptions, open_engine
 
     bundle = open_bundle(folder, verify_hashes=False)
     threads = num_threads(sum(entry.size for entry in bundle.manifest.files))
-    module, name = oracle.split(":")
-    uncut: UncutModel = getattr(importlib.import_module(module), name)(bundle, **oracle_arguments)
-    whole = np.array(uncut.logits(tokens, source) if source else uncut.logits(tokens))
-    engine = open_engine(bundle, EngineOptions(kv_type="f32", threads=threads))
     probe = Probe(tuple(tokens), tuple(source))
+    uncut = None if oracle is None else _uncut(Oracle(**oracle), bundle)
+    expected_whole = np.load(whole) if uncut is None else _whole_logits(uncut, probe)
+    engine = open_engine(bundle, EngineOptions(kv_type="f32", threads=threads))
     at_once = _in_widths(engine, probe, len(tokens))
     difference = _difference if exact else _usual_difference
     expected = None if reference is None else np.load(reference)
@@ -225,16 +227,18 @@ def measure(
         spread=float(at_once.std()),
         reference=None if expected is None else _difference(at_once, expected),
         agreement=None if expected is None else float((at_once.argmax(-1) == expected.argmax(-1)).mean()),
-        split=difference(at_once, whole),
-        split_rms=float(np.sqrt(((at_once - whole) ** 2).mean())),
+        split=difference(at_once, expected_whole),
+        split_rms=float(np.sqrt(((at_once - expected_whole) ** 2).mean())),
         draft_verify=max(
             (difference(at_once[: len(x)], x) for x in _drafted_then_verified(engine, probe)), default=0.0
         ),
         tree_commit=difference(at_once[: len(accepted)], accepted),
         width_noise=_width_noise(engine, probe),
         jitter=gap_jitter(engine, probe.tokens, probe.source),
-        draft_head=_draft_head_error(engine, probe, uncut),
+        draft_head=0.0 if uncut is None else head_error(_drafted(engine, probe), uncut),
     )
+    if uncut is None:
+        save_drafts(Path(drafts), _drafted(engine, probe))
     engine.close()
     return asdict(measured)
 
@@ -300,20 +304,28 @@ def _width_noise(engine: Engine, probe: Probe) -> float:
     return max(_difference(alone, other) for other in wider)
 
 
-def _draft_head_error(engine: Engine, probe: Probe, uncut: UncutModel) -> float:
-    """Largest relative error of the draft head over the inner exits, against its definition."""
+def _drafted(engine: Engine, probe: Probe) -> Iterator[Drafted]:
+    """What the draft head says at every inner exit."""
     if engine.draft_vocabulary is None:
-        return 0.0
+        return
     sample = slice(None, None, -(-len(engine.draft_vocabulary) // _HEAD_ROWS))
-    worst = 0.0
     cache = engine.open_cache(_context_length(engine, probe), RowTree())
     for segment, hidden in segment_by_segment(engine, probe.tokens, probe.source):
         if segment < len(engine.exits) - 1:
             found = cache.draft_logits(list(hidden))[:, sample]
-            expected = uncut.draft_logits(hidden, engine.draft_vocabulary[sample])
-            worst = max(worst, float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
+            yield Drafted(hidden.copy(), engine.draft_vocabulary[sample], found)
     cache.close()
-    return worst
+
+
+def _uncut(oracle: Oracle, bundle: Bundle) -> UncutModel:
+    module, name = oracle.made_by.split(":")
+    uncut: UncutModel = getattr(importlib.import_module(module), name)(bundle, **oracle.arguments)
+    return uncut
+
+
+def _whole_logits(uncut: UncutModel, probe: Probe) -> FloatArray:
+    tokens = list(probe.tokens)
+    return np.array(uncut.logits(tokens, list(probe.source)) if probe.source else uncut.logits(tokens))
 
 
 def _context_length(engine: Engine, probe: Probe) -> int:

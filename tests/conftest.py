@@ -1,6 +1,7 @@
 """The shipped models' bundles, exported once per run."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,19 @@ settings.load_profile("any machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 Export = Callable[[str], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among workers, let files with slow tests go first: one of them at the end would leave the others idle."""
+    if WORKER in os.environ:
+        slow_files_first(items)
+
+
+def slow_files_first(items: list[pytest.Item]) -> None:
+    """Order tests by file: those with slow ones, then the others, the more tests the earlier."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (0, 0) if item.path in slow else (1, -count[item.path]))
 
 
 @pytest.fixture(scope="session")

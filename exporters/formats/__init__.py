@@ -96,10 +96,17 @@ class Oracle:
     Its instances have `logits(tokens)`, float32 [n, vocab_size] of the uncut model in the same quantisation (of an
     encoder-decoder `logits(tokens, source)`), and `draft_logits(hidden, token_ids)`, the final norm and those rows of
     the head over hidden states [n, hidden_size].
+
+    Attributes:
+        made_by: the class.
+        arguments: by name.
+        here: whether the exporting process asks it, instead of the one that the engine runs in, which then need not load
+            torch.
     """
 
     made_by: str
     arguments: dict[str, str]
+    here: bool = False
 
 
 @dataclass(frozen=True)

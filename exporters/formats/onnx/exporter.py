@@ -27,6 +27,7 @@ from skipstone.errors import CheckpointError, UsageError
 from skipstone.exporters.encoder_decoder import HIDDEN, Cuts, Limits
 from skipstone.exporters.formats import Artefacts, ExportOptions, Oracle, refuse_options
 from skipstone.exporters.formats.onnx.files import write_table
+from skipstone.exporters.formats.onnx.graph_cache import traced_once
 from skipstone.exporters.formats.onnx.graphs import OPSET, graphs_of
 from skipstone.exporters.formats.onnx.modules import GraphSegment, cut_for_graphs
 from skipstone.exporters.formats.onnx.schemes import Scheme, scheme_of
@@ -116,7 +117,7 @@ def export_onnx(
             bits_per_weight=8 * stored / reading.num_weights,
         ),
         files=(*artefacts, *beside.names),
-        oracle=written.oracle or Oracle(model.oracle, {"checkpoint": str(checkpoint)}),
+        oracle=written.oracle or Oracle(model.oracle, {"checkpoint": str(checkpoint)}, here=True),
         probe=probe_of(reading.tokenizer, facts),
         reference=checkpoint,
         min_agreement=scheme.min_agreement,
@@ -148,13 +149,22 @@ def _cut(request: _Request) -> _CutModel:
     """Cut the model into parts, to be traced one by one."""
     reading = request.reading
     facts, folder = reading.facts, reading.checkpoint.path
+    kept = partial(
+        traced_once,
+        num_bytes=4 * reading.num_weights,
+        source=reading.sha256,
+        exits=reading.exits,
+        draft_tokens=None if reading.draft_tokens is None else reading.draft_tokens.tolist(),
+        context=facts.context_length,
+        encoder=None if facts.encoder is None else facts.encoder.model_dump(),
+    )
     if facts.encoder is None:
         parts = cut_for_graphs(folder, reading.exits, reading.draft_tokens, facts.context_length)
         shapes = {shape for part in parts.segments if isinstance(part, GraphSegment) for shape in part.shapes}
         return _CutModel(
             embedding=parts.embedding,
             shapes=frozenset(shapes),
-            graphs=graphs_of(parts, facts.hidden_size),
+            graphs=kept(lambda: graphs_of(parts, facts.hidden_size)),
             interface=GRAPH_INTERFACE,
             masked=request.target.masked,
             oracle=f"{_ORACLES}.oracle:EagerDecoder",
@@ -167,7 +177,7 @@ def _cut(request: _Request) -> _CutModel:
         shapes=frozenset(
             shape for part in whole.decoder if isinstance(part, SourceGraphSegment) for shape in part.shapes
         ),
-        graphs=graphs_of_source(whole, facts.hidden_size),
+        graphs=kept(lambda: graphs_of_source(whole, facts.hidden_size)),
         interface=SOURCE_GRAPH_INTERFACE,
         masked=HIDDEN,
         oracle=f"{_ORACLES}.source_oracle:EagerEncoderDecoder",

@@ -17,6 +17,7 @@ from skipstone.errors import BundleError, ExportError, UsageError
 from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.formats.onnx import files
 from skipstone.exporters.formats.onnx.modules import RotaryTable
+from skipstone.exporters.formats.onnx.oracle import EagerDecoder
 from skipstone.exporters.pipeline import export_checkpoint
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.session import Session
@@ -27,9 +28,16 @@ pytestmark = pytest.mark.slow
 Export = Callable[..., Bundle]
 
 
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where these tests' exports keep what they traced: they trace, whatever this machine has kept."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def export(tmp_path: Path) -> Export:
+def export(tmp_path: Path, graphs: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
     """An export to out/."""
+    monkeypatch.setenv("SKIPSTONE_CACHE", str(graphs))
     return functools.partial(
         export_checkpoint, output=tmp_path / "out", format="onnx", quantize="none", exits=(1,)
     )
@@ -85,8 +93,21 @@ def test_wrong_angles_fail_the_self_test(
         self.get_buffer("sines")[7] += 0.1
 
     monkeypatch.setattr(RotaryTable, "__init__", wrong)
+    monkeypatch.setenv("SKIPSTONE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ExportError, match=r"self-test: .* differ by"):
         export(tiny("llama"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_draft_head_of_other_rows_than_its_definition_fails_the_self_test(
+    tiny: MakeTiny, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = EagerDecoder.draft_logits
+    monkeypatch.setattr(
+        EagerDecoder, "draft_logits", lambda self, hidden, ids: right(self, hidden, np.roll(ids, 1))
+    )
+    with pytest.raises(ExportError, match="self-test: draft head"):
+        export(tiny("llama-3"))
     assert not (tmp_path / "out").exists()
 
 
