@@ -1,6 +1,7 @@
 """A smaller model in the same bundle that drafts for it: exported, checked, and lossless."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from skipstone.exporters.draft_sibling import check_sibling
 from skipstone.exporters.pipeline import export_checkpoint
 from skipstone.model import load_model
 from skipstone.runtimes.policies.auto import AutoPolicy
+from skipstone.runtimes.strategies import StrategyOptions
 from tests.exporters.conftest import MakeTiny
+from tests.exporters.tiny import GENTLE, make_checkpoint
 
 PROMPT = "def read_lines(path):\n    "
 
@@ -57,6 +60,33 @@ def test_a_pruned_sibling_of_the_shipped_model_drafts_losslessly_and_auto_may_us
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     with pytest.raises(BundleError, match="draft"):
         open_bundle(bundle.path)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_a_sibling_in_an_executorch_bundle_drafts_losslessly(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "whole", replace(GENTLE, config={"num_hidden_layers": 2}))
+    sibling = sibling_of(checkpoint, tmp_path / "small", 1)
+    bundle = export_checkpoint(
+        checkpoint,
+        tmp_path / "out",
+        format="executorch",
+        quantize="none",
+        draft=sibling,
+        exits=(),
+        context_length=96,
+    )
+    inner = open_bundle(bundle.path / "draft").manifest
+    assert (bundle.manifest.draft_model, inner.format) == ("draft", "executorch")
+    assert (bundle.manifest.model.num_layers, inner.model.num_layers) == (2, 1)
+    options = StrategyOptions(num_assistant_tokens=4)
+    with load_model(bundle.path, threads=1, context_length=96) as model:
+        expected, drafted = (
+            model.generate("the self", max_new_tokens=32, strategy=strategy, options=options, ignore_eos=True)
+            for strategy in ("plain", "draft-model")
+        )
+    assert drafted.tokens == expected.tokens
+    assert drafted.stats.drafted > 0
 
 
 def test_siblings_that_cannot_draft_are_refused(
