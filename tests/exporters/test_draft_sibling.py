@@ -17,6 +17,7 @@ from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.strategies import StrategyOptions
 from tests.exporters.conftest import MakeTiny
 from tests.exporters.tiny import GENTLE, make_checkpoint
+from tests.exporters.tiny_t5 import T5Case, make_t5
 
 PROMPT = "def read_lines(path):\n    "
 
@@ -64,8 +65,14 @@ def test_a_pruned_sibling_of_the_shipped_model_drafts_losslessly_and_auto_may_us
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_a_sibling_in_an_executorch_bundle_drafts_losslessly(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "whole", replace(GENTLE, config={"num_hidden_layers": 2}))
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_a_sibling_in_an_executorch_bundle_drafts_losslessly(kind: str, tmp_path: Path) -> None:
+    encodes = kind != "decoder"
+    checkpoint = (
+        make_t5(tmp_path / "whole", T5Case({"num_layers": 1, "num_decoder_layers": 2}))
+        if encodes
+        else make_checkpoint(tmp_path / "whole", replace(GENTLE, config={"num_hidden_layers": 2}))
+    )
     sibling = sibling_of(checkpoint, tmp_path / "small", 1)
     bundle = export_checkpoint(
         checkpoint,
@@ -75,14 +82,21 @@ def test_a_sibling_in_an_executorch_bundle_drafts_losslessly(tmp_path: Path) -> 
         draft=sibling,
         exits=(),
         context_length=96,
+        max_source_length=32 if encodes else None,
     )
     inner = open_bundle(bundle.path / "draft").manifest
     assert (bundle.manifest.draft_model, inner.format) == ("draft", "executorch")
-    assert (bundle.manifest.model.num_layers, inner.model.num_layers) == (2, 1)
-    options = StrategyOptions(num_assistant_tokens=4)
+    assert inner.model.num_layers == bundle.manifest.model.num_layers - 1
+    given = {"source": "the self returns"} if encodes else {"prompt": "the self"}
     with load_model(bundle.path, threads=1, context_length=96) as model:
         expected, drafted = (
-            model.generate("the self", max_new_tokens=32, strategy=strategy, options=options, ignore_eos=True)
+            model.generate(
+                **given,  # type: ignore[arg-type]
+                max_new_tokens=32,
+                strategy=strategy,
+                options=StrategyOptions(num_assistant_tokens=4),
+                ignore_eos=True,
+            )
             for strategy in ("plain", "draft-model")
         )
     assert drafted.tokens == expected.tokens
