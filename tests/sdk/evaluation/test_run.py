@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,36 @@ def test_an_encoder_decoder_also_writes_its_texts(tmp_path: Path) -> None:
     assert report.uncorrected.character_error_rate == pytest.approx(2 / len("the river"))
     assert row.prediction.kl_divergence is None
     assert len(row.prediction.exits) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_an_onnx_bundle_has_the_figures_of_its_checkpoint(tmp_path: Path) -> None:
+    """Not quantised, and with the whole vocabulary at its exit."""
+    from skipstone.exporters.pipeline import export_checkpoint
+
+    checkpoint = make_checkpoint(tmp_path / "dense", replace(GENTLE, config={"num_hidden_layers": 2}))
+    (checkpoint / "exits.json").write_text('{"exits": [1]}', encoding="utf-8")
+    text = tmp_path / "text.txt"
+    text.write_text("the river is never the same, and so are the files that we read\n" * 2, encoding="utf-8")
+    export_checkpoint(
+        checkpoint,
+        tmp_path / "onnx",
+        format="onnx",
+        quantize="none",
+        draft_vocab_size=0,
+        context_length=96,
+    )
+    models = (str(checkpoint), str(tmp_path / "onnx"))
+    dense, bundle = evaluate(models, EvaluateOptions(text, models[0], threads=1, memory=False)).rows
+    assert bundle.format == "onnx"
+    found, expected = bundle.prediction, dense.prediction
+    assert found.tokens == expected.tokens > 20
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
+    assert found.kl_divergence == pytest.approx(0.0, abs=1e-6)
+    assert found.agreement == 1.0
+    assert found.exits == expected.exits
+    assert 0 < found.exits[0].own_last < 1
 
 
 def test_a_text_that_holds_nothing_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
