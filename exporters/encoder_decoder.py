@@ -38,6 +38,7 @@ from skipstone.exporters.encoder_decoder_modules import (
     self_attention,
     source_attention,
 )
+from skipstone.exporters.factors import put_factors
 from skipstone.exporters.segments import Embedding, Head, HeadShape, rows_of
 from skipstone.runtimes.quiet import quiet_libraries
 
@@ -129,10 +130,10 @@ class _Norm(nn.Module):
 
 
 def load_encoder_decoder(folder: Path) -> nn.Module:
-    """A checkpoint's T5 in float32, its attention ready to be cut.
+    """A checkpoint's T5 in float32, its attention ready to be cut; pairs for the layers that it has factors of.
 
     Raises:
-        CheckpointError: transformers cannot load it, or it is no T5.
+        CheckpointError: transformers cannot load it, it is no T5, or its factors are another's.
     """
     from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -151,7 +152,7 @@ def load_encoder_decoder(folder: Path) -> nn.Module:
     for stack in (model.encoder, model.decoder):
         stack.config._attn_implementation = ATTENTION
     whole: Any = model
-    return cast("nn.Module", whole.eval().requires_grad_(False))
+    return put_factors(cast("nn.Module", whole.eval().requires_grad_(False)), folder)
 
 
 def write_for_delegates(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from skipstone.exporters.checkpoint import Checkpoint
 from skipstone.exporters.exits import check_exits, recorded_encoder_exits
 
 TOKENIZER_FILE = "tokenizer.json"
+FACTORS_FILE = "factors.safetensors"  # see `skipstone.exporters.factors`
 # The names that T5 checkpoints give their one table of embeddings.
 SHARED_TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 DEFAULT_LENGTH = 512  # of sources and texts, where a model sets no limit
@@ -207,6 +208,32 @@ def num_weights(checkpoint: Checkpoint) -> int:
     return total
 
 
+def factored_away(checkpoint: Checkpoint) -> int:
+    """Weights that a checkpoint's factors save, where a format carries them in the place of their products.
+
+    Raises:
+        CheckpointError: the factors cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = checkpoint.path / FACTORS_FILE
+    if not file.is_file():
+        return 0
+    try:
+        with safe_open(file, framework="np") as stored:
+            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file}: not readable as safetensors: {error}", hint="compress the checkpoint again"
+        ) from error
+    whole = sum(
+        shape[0] * shapes.get(f"{name.removesuffix(':up')}:down", (0, 0))[1]
+        for name, shape in shapes.items()
+        if name.endswith(":up")
+    )
+    return int(whole - sum(np.prod(shape) for shape in shapes.values()))
+
+
 def check_disk_space(folder: Path, weights: int, bits: float) -> None:
     """Refuse an export that the disk cannot take.
 
@@ -227,10 +254,10 @@ def check_disk_space(folder: Path, weights: int, bits: float) -> None:
 
 
 def hash_checkpoint(checkpoint: Checkpoint) -> str:
-    """One hash over the configuration and the weights, file by file in order of name."""
-    files = sorted(
-        {*checkpoint.tensor_files.values(), checkpoint.path / "config.json", checkpoint.path / TOKENIZER_FILE}
-    )
+    """One hash over the configuration, the weights and their factors, file by file in order of name."""
+    beside = (checkpoint.path / name for name in ("config.json", TOKENIZER_FILE))
+    factors = checkpoint.path / FACTORS_FILE
+    files = sorted({*checkpoint.tensor_files.values(), *beside, *((factors,) if factors.is_file() else ())})
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {hash_file(file)}\n".encode())

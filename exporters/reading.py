@@ -24,6 +24,7 @@ from skipstone.exporters.facts import (
     check_disk_space,
     checkpoint_facts,
     encoder_facts,
+    factored_away,
     hash_checkpoint,
     load_tokenizer,
     num_weights,
@@ -57,7 +58,7 @@ class Reading:
         checkpoint: the source.
         tokenizer: its tokenizer.
         facts: of its model; `facts.context_length` positions are planned for.
-        num_weights: stored ones.
+        num_weights: of the layers that are carried: those of pairs in the place of their product.
         exits: inner exits, of an encoder-decoder the decoder's.
         material: what drafting can be given.
         draft_tokens: token ids of the draft head's rows; None without inner exits.
@@ -106,7 +107,7 @@ def read_checkpoint(source: str, options: ExportOptions, scratch: Path, room: Ro
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         facts=facts,
-        num_weights=weights,
+        num_weights=weights - factored_away(checkpoint),
         exits=exits,
         material=material,
         draft_tokens=material.choose_tokens(facts, options.draft_vocab_size) if exits else None,

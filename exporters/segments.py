@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from skipstone.errors import CheckpointError
 from skipstone.exporters.checkpoint import quiet_loading
+from skipstone.exporters.factors import put_factors
 
 ATTENTION = "skipstone_rows"
 _NORMS = ("norm", "final_layernorm")
@@ -171,10 +172,10 @@ class Parts:
 
 
 def load_decoder(folder: Path) -> nn.Module:
-    """A checkpoint's decoder in float32, its attention ready to be cut.
+    """A checkpoint's decoder in float32, its attention ready to be cut; pairs for the layers that it has factors of.
 
     Raises:
-        CheckpointError: transformers cannot load it, or it is not built as a plain decoder.
+        CheckpointError: transformers cannot load it, it is not built as a plain decoder, or its factors are another's.
     """
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -192,7 +193,7 @@ def load_decoder(folder: Path) -> nn.Module:
             hint=f"needed: model.{', model.'.join(_PARTS)}, lm_head",
         )
     model.config._attn_implementation = ATTENTION
-    return cast("nn.Module", model.eval().requires_grad_(False))
+    return put_factors(cast("nn.Module", model.eval().requires_grad_(False)), folder)
 
 
 def cut_decoder(

@@ -5,6 +5,7 @@
 | `model.safetensors`, `config.json`, tokenizer | what transformers loads |
 | `exits.json`, draft material, lexicon | what exporters look for beside a checkpoint |
 | `quantization.json`, `codes.safetensors` | the weights whose codes are fixed: layout and codes, if there are any |
+| `factors.safetensors` | the two matrices of every layer that was factored, if any (`skipstone.exporters.factors`) |
 | `compression.json` | `skipstone.bundle.Compression` |
 """
 
@@ -25,6 +26,7 @@ from skipstone.exporters.checkpoint import quiet_loading
 from skipstone.exporters.compress.record import QUANTIZATION_FILE, has_codes, write_record
 from skipstone.exporters.compress.work import Codes, FixedCodes, Work
 from skipstone.exporters.exits import CONFIG_KEY, ENCODER_CONFIG_KEY, EXITS_FILE
+from skipstone.exporters.factors import factored, whole_state, write_factors
 
 CODES_FILE = "codes.safetensors"
 _CARRIED = (
@@ -50,6 +52,7 @@ def write_folder(model: Any, work: Work, record: Compression, folder: Path) -> N
     _write_exits(work, folder)
     if work.codes:
         _write_codes(work, folder)
+    write_factors(model, folder)
     write_record(record, folder)
 
 
@@ -86,7 +89,9 @@ def read_codes(folder: Path) -> FixedCodes | None:
 
 
 def measure_size(model: Any, work: Work) -> ModelSize:
-    """Weights and bytes of a model as `write_folder` would store it, codes in their layouts."""
+    """Weights and bytes of a model as `write_folder` would store it, codes in their layouts; of factored layers both
+    matrices, and not their product.
+    """
     width = _stored_type(model, work).itemsize
     weights = dict(model.named_parameters())  # each shared one once
     num_bytes = sum(
@@ -103,9 +108,9 @@ def measure_size(model: Any, work: Work) -> ModelSize:
 def _write_model(model: Any, work: Work, folder: Path) -> None:
     dtype = _stored_type(model, work)
     converted: dict[int, Tensor] = {}  # what is shared stays shared, and is then stored once
+    whole = whole_state(model)
     state = {
-        name: converted.setdefault(tensor.data_ptr(), tensor.to(dtype))
-        for name, tensor in model.state_dict().items()
+        name: converted.setdefault(tensor.data_ptr(), tensor.to(dtype)) for name, tensor in whole.items()
     }
     for key, exits in ((CONFIG_KEY, work.exits), (ENCODER_CONFIG_KEY, work.encoder_exits)):
         if hasattr(model.config, key):
@@ -118,12 +123,16 @@ def _write_model(model: Any, work: Work, folder: Path) -> None:
 
 
 def _stored_type(model: Any, work: Work) -> torch.dtype:
-    """The source's type if every weight is exact in it, else float32."""
+    """The source's type if every weight is exact in it, else float32, which products of factors are not exact below."""
     from transformers import AutoConfig
 
     dtype = AutoConfig.from_pretrained(work.source).dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if dtype is None or not all(weight.equal(weight.to(dtype).float()) for weight in model.parameters()):
+    if (
+        dtype is None
+        or factored(model)
+        or not all(weight.equal(weight.to(dtype).float()) for weight in model.parameters())
+    ):
         return torch.float32
     return dtype  # type: ignore[no-any-return]
 

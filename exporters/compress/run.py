@@ -19,7 +19,7 @@ from typing import Any
 
 from skipstone.bundle import Compression, CompressionStep, bundle_in_progress
 from skipstone.errors import UsageError
-from skipstone.exporters.checkpoint import Checkpoint, load_eager
+from skipstone.exporters.checkpoint import Checkpoint
 from skipstone.exporters.compress import cache
 from skipstone.exporters.compress.fidelity import measure_fidelity
 from skipstone.exporters.compress.folder import measure_size, read_codes, write_folder
@@ -30,6 +30,7 @@ from skipstone.exporters.compress.steps import Step, Target
 from skipstone.exporters.compress.texts import read_windows
 from skipstone.exporters.compress.work import Progress, Windows, Work, silent
 from skipstone.exporters.exits import recorded_encoder_exits, recorded_exits
+from skipstone.exporters.factors import load_factored
 from skipstone.exporters.facts import hash_checkpoint, load_tokenizer
 
 CALIBRATION_TOKENS = 8192
@@ -183,10 +184,10 @@ def _carry_out(run: _Run) -> tuple[Any, Work, Compression]:
         (0, None),
     )
     if folder is None:
-        model, work = load_eager(run.checkpoint.path), run.work
+        model, work = load_factored(run.checkpoint.path), run.work
         record = _first_record(run, model)
     else:
-        model, record = load_eager(folder), _record_of(folder, run)
+        model, record = load_factored(folder), _record_of(folder, run)
         work = _as_left(run.work, folder, record)
     for number in range(done, len(run.steps)):
         step = run.steps[number]

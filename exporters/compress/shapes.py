@@ -11,6 +11,7 @@ from skipstone.exporters.compress.folder import read_codes
 from skipstone.exporters.compress.steps import Shape
 from skipstone.exporters.facts import (
     DEFAULT_LENGTH,
+    FACTORS_FILE,
     checkpoint_facts,
     encoder_facts,
     load_tokenizer,
@@ -55,6 +56,7 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
     config = checkpoint.config
     codes = read_codes(checkpoint.path)
     quantized = None if codes is None else codes.scheme
+    factored = (checkpoint.path / FACTORS_FILE).is_file()
     if checkpoint.is_encoder_decoder:
         return Shape(
             architecture=checkpoint.architecture,
@@ -66,6 +68,7 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
             head_size=config.d_kv,
             ffn_size=config.d_ff,
             quantized=quantized,
+            factored=factored,
         )
     heads = config.num_attention_heads
     patterned = getattr(config, "no_rope_layers", None) is not None
@@ -80,6 +83,7 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
         ffn_size=config.intermediate_size,
         period=config.no_rope_layer_interval if patterned else 1,
         quantized=quantized,
+        factored=factored,
     )
 
 

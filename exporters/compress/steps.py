@@ -26,6 +26,7 @@ Details: TypeAlias = Mapping[str, Any]
 
 STEPS = {
     "drop_layers": "skipstone.exporters.compress.depth:DropLayers",
+    "low_rank": "skipstone.exporters.compress.low_rank.step:LowRank",
     "prune_heads": "skipstone.exporters.compress.width:PruneHeads",
     "prune_width": "skipstone.exporters.compress.width:PruneWidth",
     "quantize": "skipstone.exporters.compress.quantize.step:Quantize",
@@ -66,6 +67,7 @@ class Shape:
         period: one layer in so many differs from the others, which a GGUF knows by place alone; 1: all are alike.
         quantized: the storage layout (or several, joined by +) that codes were fixed in; None: none were. Weights that
             have codes must not change any more.
+        factored: whether linear layers are pairs of narrow ones (`skipstone.exporters.factors`).
     """
 
     architecture: str
@@ -78,6 +80,7 @@ class Shape:
     ffn_size: int
     period: int = 1
     quantized: str | None = None
+    factored: bool = False
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -159,4 +162,17 @@ def refuse_after_codes(shape: Shape, kind: str) -> None:
         raise UsageError(
             f"{kind}: the weights are quantised already ({shape.quantized}), and this step would change them",
             hint="put the step before quantize",
+        )
+
+
+def refuse_after_factors(shape: Shape, kind: str) -> None:
+    """Refuse a step that knows whole matrices alone where some are pairs.
+
+    Raises:
+        UsageError: some are.
+    """
+    if shape.factored:
+        raise UsageError(
+            f"{kind}: linear layers are pairs of narrow ones already, which this step cannot change",
+            hint="put the step before low_rank; to quantise, leave that to the export, which rounds both matrices",
         )

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from skipstone.errors import UsageError
 from skipstone.exporters.compress.parts import attentions, feed_forwards, keep_heads, keep_neurons
 from skipstone.exporters.compress.scores import WITHOUT_TEXT, Scores, open_scorer, output_moments
-from skipstone.exporters.compress.steps import Details, Shape, Step, Target, refuse_after_codes
+from skipstone.exporters.compress.steps import (
+    Details,
+    Shape,
+    Step,
+    Target,
+    refuse_after_codes,
+    refuse_after_factors,
+)
 from skipstone.exporters.compress.work import Work
 
 _DAMPING = 1e-4
@@ -45,6 +52,7 @@ class _Prune(Step):
     def check(self, shape: Shape, target: Target) -> Shape:
         open_scorer(self.by)
         refuse_after_codes(shape, self.kind)
+        refuse_after_factors(shape, self.kind)
         if self.widths == "per-layer":
             carrier = f"a GGUF of {shape.architecture}" if target.format == "gguf" else "its checkpoint"
             raise UsageError(

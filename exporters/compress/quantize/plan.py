@@ -48,8 +48,8 @@ class Place:
     matrix: str | None
 
     @classmethod
-    def parse(cls, text: str) -> Place:
-        """Read a place.
+    def parse(cls, text: str, option: str = "quantize: mix") -> Place:
+        """Read a place, which an option was given.
 
         Raises:
             UsageError: it is none.
@@ -57,7 +57,7 @@ class Place:
         match = _PLACE.fullmatch(text)
         if match is None or not text:
             raise UsageError(
-                f"quantize: mix: {text!r} names no place",
+                f"{option}: {text!r} names no place",
                 hint="say embed, head, 3, 0-2, encoder.0-2, down_proj or 0-2.down_proj",
             )
         stack, first, last, matrix = match.groups()

@@ -26,7 +26,14 @@ from skipstone.exporters.compress.quantize.plan import (
     table_names,
 )
 from skipstone.exporters.compress.quantize.rank import Ranking, lowest
-from skipstone.exporters.compress.steps import Details, Shape, Step, Target, refuse_after_codes
+from skipstone.exporters.compress.steps import (
+    Details,
+    Shape,
+    Step,
+    Target,
+    refuse_after_codes,
+    refuse_after_factors,
+)
 from skipstone.exporters.compress.work import Work
 
 _FOLDS = ("awq", "smoothquant")
@@ -90,6 +97,7 @@ class Quantize(Step):
 
     def check(self, shape: Shape, target: Target) -> Shape:
         refuse_after_codes(shape, self.kind)
+        refuse_after_factors(shape, self.kind)
         scheme = self._scheme(target)
         format = format_of(scheme)
         if target.format not in (None, format):

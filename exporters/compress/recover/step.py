@@ -162,13 +162,9 @@ def _train(options: Recover, model: Any, work: Work, text: Windows, folder: Path
     from transformers import PreTrainedTokenizerFast, PrinterCallback
 
     from skipstone.exporters.compress.recover.net import TellProgress, distillation_net, trainable
+    from skipstone.exporters.compress.recover.trainer import RecoverTrainer
     from skipstone.exporters.tune.schedule import Clock
-    from skipstone.exporters.tune.trainer import (
-        LayerSkipTrainer,
-        RunControl,
-        last_checkpoint,
-        training_arguments,
-    )
+    from skipstone.exporters.tune.trainer import RunControl, last_checkpoint, training_arguments
 
     exits = work.exits or ()
     recipe = options.recipe(exits, encodes=text.sources is not None)
@@ -185,7 +181,7 @@ def _train(options: Recover, model: Any, work: Work, text: Windows, folder: Path
         arguments = training_arguments(
             recipe, folder, max_steps=options.steps, log_steps=10, whole_batches=True
         )
-        trainer = LayerSkipTrainer(trainee, recipe, recipe.layerskip.rotation, clock, arguments)
+        trainer = RecoverTrainer(trainee, recipe, recipe.layerskip.rotation, clock, arguments)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(RunControl(trainer, _SAVE_MINUTES))
         trainer.add_callback(TellProgress(work.progress))

@@ -33,7 +33,14 @@ from skipstone.exporters.compress.search.evolution import (
 from skipstone.exporters.compress.search.executors import open_executor
 from skipstone.exporters.compress.search.levels import Bench, keep_bench
 from skipstone.exporters.compress.search.ways import ways_over
-from skipstone.exporters.compress.steps import Details, Shape, Step, Target, refuse_after_codes
+from skipstone.exporters.compress.steps import (
+    Details,
+    Shape,
+    Step,
+    Target,
+    refuse_after_codes,
+    refuse_after_factors,
+)
 from skipstone.exporters.compress.work import Windows, Work
 from skipstone.runtimes.user_cache import cache_folder
 
@@ -117,6 +124,7 @@ class Search(Step):
 
     def check(self, shape: Shape, target: Target) -> Shape:
         refuse_after_codes(shape, self.kind)
+        refuse_after_factors(shape, self.kind)
         if self.over == "sparsity" and (self.target_size or self.target_speed):
             raise UsageError(
                 "search: zeros make a model neither smaller nor faster in any format here",

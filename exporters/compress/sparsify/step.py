@@ -15,7 +15,14 @@ from skipstone.exporters.compress.activations import Block, walk
 from skipstone.exporters.compress.sparsify import dsnot, open_pruner
 from skipstone.exporters.compress.sparsify.gain import gain_of_zeros
 from skipstone.exporters.compress.sparsify.masks import Pattern, squared_error
-from skipstone.exporters.compress.steps import Details, Shape, Step, Target, refuse_after_codes
+from skipstone.exporters.compress.steps import (
+    Details,
+    Shape,
+    Step,
+    Target,
+    refuse_after_codes,
+    refuse_after_factors,
+)
 from skipstone.exporters.compress.work import Work
 
 _LAYERS = re.compile(r"(?:(encoder|decoder)\.)?(\d+)(?:-(\d+))?")
@@ -64,6 +71,7 @@ class Sparsify(Step):
 
     def check(self, shape: Shape, target: Target) -> Shape:
         refuse_after_codes(shape, self.kind)
+        refuse_after_factors(shape, self.kind)
         self._patterns(shape.layers, shape.encoder_layers)
         for text in (self._default, *self.layers.values()):
             group = Pattern.parse(text).group or 1

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from skipstone.bundle import Bundle, ExecuTorchManifest, Quantization, manifest_of
-from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.compress.folder import read_codes
 from skipstone.exporters.compress.work import FixedCodes
+from skipstone.exporters.factors import load_factored
 from skipstone.exporters.formats.executorch.calibration import calibrated
 from skipstone.exporters.formats.executorch.codes import put_codes
 from skipstone.exporters.formats.executorch.methods import Shape, methods_of
@@ -39,7 +39,7 @@ class EagerDecoder:
     """
 
     def __init__(self, bundle: Bundle, checkpoint: str) -> None:
-        model = load_eager(Path(checkpoint))
+        model = load_factored(Path(checkpoint))
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
         _quantize(model, bundle.manifest.quantization, carried_codes(bundle, Path(checkpoint)))
         self._model = model

@@ -142,7 +142,7 @@ def quantize_parts(parts: EncoderDecoderParts, mix: Mix) -> None:
             quantize(module, scheme, mix.within(part))
             continue
         for name, parameter in module.named_parameters():
-            if not name.endswith("wo.weight"):
+            if "wo" not in name.split("."):
                 parameter.data = parameter.data.half()
 
 

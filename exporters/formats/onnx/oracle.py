@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from skipstone.bundle import Bundle, GraphEntry, OnnxManifest, TableEntry, manifest_of
-from skipstone.exporters.checkpoint import load_eager
+from skipstone.exporters.factors import load_factored
 from skipstone.exporters.formats.onnx.schemes import OPERATOR, unpack
 
 FloatArray = NDArray[np.float32]
@@ -28,7 +28,7 @@ class EagerDecoder:
     """
 
     def __init__(self, bundle: Bundle, checkpoint: str) -> None:
-        graphs, model = manifest_of(bundle, OnnxManifest).graphs, load_eager(Path(checkpoint))
+        graphs, model = manifest_of(bundle, OnnxManifest).graphs, load_factored(Path(checkpoint))
         model.lm_head.weight = as_parameter(model.lm_head.weight.detach().clone().numpy())  # untied
         for entry in graphs.graphs:
             if entry.part != "draft_head":

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from skipstone.bundle import Bundle, OnnxManifest, manifest_of
-from skipstone.exporters.checkpoint import load_eager
+from skipstone.exporters.factors import load_factored
 from skipstone.exporters.formats.onnx.oracle import as_parameter, matrices, read_table
 
 FloatArray = NDArray[np.float32]
@@ -29,7 +29,7 @@ class EagerEncoderDecoder:
     """
 
     def __init__(self, bundle: Bundle, checkpoint: str) -> None:
-        graphs, model = manifest_of(bundle, OnnxManifest).graphs, load_eager(Path(checkpoint))
+        graphs, model = manifest_of(bundle, OnnxManifest).graphs, load_factored(Path(checkpoint))
         modules = dict(model.named_modules())
         for entry in graphs.graphs:
             if entry.part == "draft_head":
