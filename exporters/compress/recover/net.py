@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +40,21 @@ def distillation_net(model: Any, work: Work, options: Recover) -> DistillationNe
 
 
 @contextmanager
-def trainable(model: Any, dense: Any) -> Iterator[None]:
+def trainable(model: Any, dense: Any, only: Sequence[nn.Parameter] | None = None) -> Iterator[None]:
     """The model with gradients, both with attention that is causal without a mask; as they were afterwards.
 
-    Weights of linear layers that are zero get none: what was pruned stays so.
+    Weights of linear layers that are zero get none: what was pruned stays so. `only` are the weights that are trained,
+    where not all are.
     """
-    handles = [
-        part.weight.register_hook(_only_where(part.weight != 0))  # type: ignore[no-untyped-call]
-        for part in model.requires_grad_(True).modules()
-        if isinstance(part, nn.Linear) and not part.weight.all()
-    ]
+    handles = []
+    if only is None:
+        handles = [
+            part.weight.register_hook(_only_where(part.weight != 0))  # type: ignore[no-untyped-call]
+            for part in model.requires_grad_(True).modules()
+            if isinstance(part, nn.Linear) and not part.weight.all()
+        ]
+    for weight in only or ():
+        weight.requires_grad_(True)
     before = [(whole, whole.config._attn_implementation) for whole in (model, dense)]
     for whole in (model, dense):
         if not whole.config.is_encoder_decoder:  # these are given their masks

@@ -6,13 +6,13 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from skipstone.errors import UsageError
@@ -20,6 +20,7 @@ from skipstone.exporters.checkpoint import quiet_loading
 from skipstone.exporters.compress.fidelity import measure_fidelity
 from skipstone.exporters.compress.recipe import options_of
 from skipstone.exporters.compress.recover.batches import Batches, choose_windows
+from skipstone.exporters.compress.recover.lora import adapted
 from skipstone.exporters.compress.shapes import facts_of, open_source
 from skipstone.exporters.compress.steps import Details, Shape, Step, Target, refuse_after_codes
 from skipstone.exporters.compress.texts import read_windows
@@ -44,7 +45,8 @@ _STALE = 14 * 24 * 3600.0  # seconds after which a run that was cut off is not w
 class Recover(Step):
     """Train the model to say what the dense one says, at its last layer and at every recorded exit.
 
-    The training is that of `skipstone tune`, with the exits in turn. Weights that are zero stay zero.
+    The training is that of `skipstone tune`, with the exits in turn. Weights that are zero stay zero. With `lora`, the
+    blocks' linear layers alone change, each by a matrix of that rank.
 
     Attributes:
         steps: of the optimizer; 0 changes nothing.
@@ -58,6 +60,8 @@ class Recover(Step):
         data: share of the text itself in the targets, beside the dense model's distributions.
         exit_weight: of the exits' loss beside the last layer's.
         seed: of the order of windows.
+        lora: rank of the adapters that are trained instead of the weights; 0 changes nothing; None: all weights are.
+        alpha: of the adapters' scale, alpha / lora; None: twice their rank.
         compile: compile layers and losses, which takes a minute or two.
     """
 
@@ -73,12 +77,24 @@ class Recover(Step):
     data: Share = 0.0
     exit_weight: Weight = 0.8
     seed: int = 0
+    lora: Annotated[int, Field(ge=0)] | None = None
+    alpha: Annotated[float, Field(gt=0.0)] | None = None
     compile: bool = False
+
+    @model_validator(mode="after")
+    def _alpha_has_adapters(self) -> Self:
+        if self.alpha is not None and not self.lora:
+            raise ValueError("alpha scales the adapters of lora, which was not given")
+        return self
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the calibration text is trained on."""
-        return self.text is None and self.steps > 0
+        return self.text is None and self._trains
+
+    @property
+    def _trains(self) -> bool:
+        return self.steps > 0 and self.lora != 0
 
     @property
     def reads(self) -> tuple[Path, ...]:
@@ -92,13 +108,17 @@ class Recover(Step):
         return shape
 
     def apply(self, model: nn.Module, work: Work) -> Details:
-        if not self.steps:
+        if not self._trains:
             return {"windows": 0, "trained_tokens": 0}
         text = self._windows(model, work)
         measured = text.first(_MEASURED)
         before = measure_fidelity(model, work, measured)
         with _run_folder(self, model, work, text) as folder:
-            trained = _train(self, model, work, text, folder)
+            if self.lora:
+                with adapted(model, self.lora, self.alpha or 2.0 * self.lora, self.seed) as adapters:
+                    trained = _train(self, model, work, text, folder, adapters)
+            else:
+                trained = _train(self, model, work, text, folder)
         after = measure_fidelity(model, work, measured)
         return {
             "windows": len(text.windows),
@@ -157,8 +177,17 @@ class _Trainee:
         return self.train.tokens
 
 
-def _train(options: Recover, model: Any, work: Work, text: Windows, folder: Path) -> int:
-    """Train a model in place, from the start or from the last checkpoint in a folder; the tokens it was trained on."""
+def _train(
+    options: Recover,
+    model: Any,
+    work: Work,
+    text: Windows,
+    folder: Path,
+    only: Sequence[nn.Parameter] | None = None,
+) -> int:
+    """Train a model in place, or `only` some weights of it, from the start or from the last checkpoint in a folder; the
+    tokens it was trained on.
+    """
     from transformers import PreTrainedTokenizerFast, PrinterCallback
 
     from skipstone.exporters.compress.recover.net import TellProgress, distillation_net, trainable
@@ -172,7 +201,7 @@ def _train(options: Recover, model: Any, work: Work, text: Windows, folder: Path
     clock, last = Clock(max_minutes=None, max_steps=options.steps), last_checkpoint(folder)
     if last is not None:
         clock.resume(last)
-    with trainable(model, work.dense), quiet_loading():
+    with trainable(model, work.dense, only), quiet_loading():
         trainee = _Trainee(
             distillation_net(model, work, options),
             PreTrainedTokenizerFast(tokenizer_object=work.tokenizer),  # type: ignore[no-untyped-call]
