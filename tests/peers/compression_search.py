@@ -150,6 +150,11 @@ class Comparison:
         """The dense model."""
         return load_eager(self.settings.checkpoint)
 
+    def dense(self) -> float:
+        """The dense model's perplexity on held-out text."""
+        work = Work(self.settings.checkpoint, Target(), self._tokenizer, self.calibration)
+        return measure_fidelity(self.load(), work, self._held_out).perplexity
+
     def take(self, step: Step) -> tuple[Any, Work, dict[str, Any], Times]:
         """A model after a step, the run, what the step says of itself, and the time that it took."""
         work = Work(self.settings.checkpoint, Target(), self._tokenizer, self.calibration)
