@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _Found = TypeVar("_Found")
 
+FACTORS_FILE = "factors.safetensors"  # see `skipstone.exporters.factors`
+
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _WANTED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model")
 _ENCODER_DECODERS = ("T5ForConditionalGeneration",)

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.errors import CheckpointError
-from skipstone.exporters.checkpoint import load_eager
-from skipstone.exporters.facts import FACTORS_FILE
+from skipstone.exporters.checkpoint import FACTORS_FILE, load_eager
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

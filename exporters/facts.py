@@ -13,11 +13,10 @@ from tokenizers import Tokenizer
 
 from skipstone.bundle import EncoderFacts, ModelFacts, hash_file
 from skipstone.errors import CheckpointError, ExportError, UsageError
-from skipstone.exporters.checkpoint import Checkpoint
+from skipstone.exporters.checkpoint import FACTORS_FILE, Checkpoint
 from skipstone.exporters.exits import check_exits, recorded_encoder_exits
 
 TOKENIZER_FILE = "tokenizer.json"
-FACTORS_FILE = "factors.safetensors"  # see `skipstone.exporters.factors`
 # The names that T5 checkpoints give their one table of embeddings.
 SHARED_TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 DEFAULT_LENGTH = 512  # of sources and texts, where a model sets no limit

@@ -6,12 +6,11 @@ import os
 
 from skipstone.bundle import ModelFacts
 from skipstone.errors import CheckpointError, UsageError
-from skipstone.exporters.checkpoint import Checkpoint, open_checkpoint
+from skipstone.exporters.checkpoint import FACTORS_FILE, Checkpoint, open_checkpoint
 from skipstone.exporters.compress.folder import read_codes
 from skipstone.exporters.compress.steps import Shape
 from skipstone.exporters.facts import (
     DEFAULT_LENGTH,
-    FACTORS_FILE,
     checkpoint_facts,
     encoder_facts,
     load_tokenizer,

@@ -38,6 +38,7 @@ _MADE_BY = (
     "checkpoint",
     "encoder_decoder",
     "encoder_decoder_modules",
+    "factors",
     "segments",
 )
 
