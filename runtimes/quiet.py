@@ -1,4 +1,4 @@
-"""Silence for libraries that write to standard error from C++ while they are loaded."""
+"""Silence for libraries that write to standard output and standard error from C++."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TextIO
 
 
 @contextlib.contextmanager
@@ -17,18 +18,31 @@ def quiet_libraries() -> Iterator[None]:
     The whole process's standard error is redirected meanwhile, so keep the block short. Exceptions still rise.
     """
     level = logging.root.manager.disable
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     logging.disable(logging.WARNING)
-    os.dup2(nowhere, 2)
     try:
-        with warnings.catch_warnings():
+        with _nowhere(sys.stderr, 2), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def no_output() -> Iterator[None]:
+    """Keep what C++ writes to standard output out of the program's own; what Python prints, too."""
+    with _nowhere(sys.stdout, 1):
+        yield
+
+
+@contextlib.contextmanager
+def _nowhere(stream: TextIO, descriptor: int) -> Iterator[None]:
+    stream.flush()
+    kept, nowhere = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    try:
+        yield
+    finally:
+        stream.flush()
+        os.dup2(kept, descriptor)
         os.close(kept)
         os.close(nowhere)
-        logging.disable(level)

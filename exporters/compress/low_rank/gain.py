@@ -23,4 +23,5 @@ def gain_of_pairs(format: str | None) -> str:
         return f"fewer weights in {', '.join(CARRYING)}; a GGUF stores the products, as many as before"
     if carries_pairs(format):
         return "fewer weights: both matrices are carried"
-    return "no gain on this device: a GGUF has one matrix where the model has one, so the product is stored"
+    what = "a GGUF" if format == "gguf" else format
+    return f"no gain on this device: {what} has one matrix where the model has one, so the product is stored"

@@ -11,13 +11,12 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from skipstone.errors import ExportError
-from skipstone.runtimes.quiet import quiet_libraries
+from skipstone.runtimes.quiet import no_output, quiet_libraries
 from skipstone.runtimes.user_cache import cache_folder
 
 VELA, TOSA = "5.1.0", "2026.5.0"
@@ -54,16 +53,8 @@ def tool(name: str) -> Any:
 @contextlib.contextmanager
 def quiet_tools(printed: io.StringIO) -> Iterator[None]:
     """Keep off the terminal what they write: what Python prints goes to `printed`, the rest, from C++, nowhere."""
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    sys.stdout.flush()
-    with quiet_libraries(), contextlib.redirect_stdout(printed):
-        os.dup2(nowhere, 1)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)
-            os.close(nowhere)
+    with quiet_libraries(), no_output(), contextlib.redirect_stdout(printed):
+        yield
 
 
 def _load(names: Sequence[str], problem: str, hint: str) -> None:

@@ -6,19 +6,17 @@ computes, integer for integer, but how long it takes says nothing about the NPU.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import os
 import platform
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from skipstone.errors import DeviceError
 from skipstone.runtimes.engines.onnxruntime.library import runtime
 from skipstone.runtimes.engines.onnxruntime.webgpu import Presence
+from skipstone.runtimes.quiet import no_output
 
 # Of a session: it runs on the NPU from end to end, or is refused.
 NO_FALLBACK = {"session.disable_cpu_ep_fallback": "1"}
@@ -34,7 +32,7 @@ def open_qnn_session(path: Path, options: Any) -> Any:
     for key, value in NO_FALLBACK.items():
         options.add_session_config_entry(key, value)
     add_provider(options, {})
-    with _no_output():
+    with no_output():
         return runtime().InferenceSession(str(path), options)
 
 
@@ -78,7 +76,7 @@ def _provider() -> tuple[list[Any], str]:
         ) from error
     ort, name = runtime(), package.get_ep_name()
     try:
-        with _no_output():
+        with no_output():
             ort.register_execution_provider_library(name, package.get_library_path())
     except Exception as error:
         if "already registered" not in str(error):
@@ -91,18 +89,3 @@ def _provider() -> tuple[list[Any], str]:
             "onnxruntime-qnn finds no device here", hint="see docs/qualcomm.md for where it runs"
         )
     return devices, package.get_qnn_htp_path()
-
-
-@contextlib.contextmanager
-def _no_output() -> Iterator[None]:
-    """Keep what the emulator's C++ writes to standard output out of the program's own."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
