@@ -101,7 +101,7 @@ class DistillationNet(nn.Module):
             expected = _run(self.teacher, batch, {theirs for _, theirs in self.matched})
             targets = labels.reshape(-1)
             soft = self._soft_targets(expected, targets)
-            entropy = _mean(torch.special.entr(soft).sum(-1), targets >= 0)
+            entropy = _mean(torch.special.entr(soft.float()).sum(-1), targets >= 0)
         losses = [self._loss(found.states[place], targets, soft, entropy, distil) for place in (None, *exits)]
         total = torch.stack(losses[1:]).sum() if exits else torch.zeros_like(losses[0])
         return ExitLosses(
@@ -167,6 +167,7 @@ def _exit_of(net: LayerSkipNet | Seq2SeqNet) -> tuple[nn.Module, nn.Module, floa
 
 def _relative_square(found: Tensor, expected: Tensor) -> Tensor:
     """‖h − t‖² / ‖t‖² by token: [batch, length]."""
+    found, expected = found.float(), expected.float()
     return (found - expected).square().mean(-1) / (expected.square().mean(-1) + _SMALL)
 
 

@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -43,7 +43,7 @@ class Plan:
 
     Attributes:
         prune: the step that prunes.
-        steps, batch, learning_rate, hidden: of the recovery.
+        steps, batch, learning_rate, matrix_learning_rate, hidden, exit_weight: of the recovery.
         tokens: of training text to read.
         compile: whether layers are compiled.
         work: folder for the training text and the recovered checkpoint.
@@ -54,7 +54,9 @@ class Plan:
     steps: int
     batch: int
     learning_rate: float
+    matrix_learning_rate: float
     hidden: float
+    exit_weight: float
     tokens: int
     compile: bool
     work: Path
@@ -68,7 +70,9 @@ def parse_plan() -> Plan:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--matrix-learning-rate", type=float, default=0.0)
     parser.add_argument("--hidden", type=float, default=0.1)
+    parser.add_argument("--exit-weight", type=float, default=0.8)
     parser.add_argument("--tokens", type=int, default=12_000_000)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "pruned-and-recovered")
@@ -90,7 +94,7 @@ def parse_plan() -> Plan:
         quantize=given.quantize,
         output=given.output,
     )
-    names = ("prune", "steps", "batch", "learning_rate", "hidden", "tokens", "compile", "work")
+    names = tuple(field.name for field in fields(Plan) if field.name != "settings")
     return Plan(**{name: getattr(given, name) for name in names}, settings=settings)
 
 
@@ -116,15 +120,9 @@ def write_training_text(plan: Plan) -> Path:
 
 def recover(plan: Plan) -> Compression:
     """Prune, and train what is left."""
-    knobs = {
-        "text": write_training_text(plan),
-        "tokens": plan.tokens,
-        "steps": plan.steps,
-        "batch": plan.batch,
-        "learning_rate": plan.learning_rate,
-        "hidden": plan.hidden,
-        "compile": plan.compile,
-    }
+    apart = ("prune", "work", "settings")
+    knobs = {field.name: getattr(plan, field.name) for field in fields(Plan) if field.name not in apart}
+    knobs["text"] = write_training_text(plan)
     steps = parse_steps([plan.prune, "recover:" + ",".join(f"{key}={value}" for key, value in knobs.items())])
     with progress_bar("pruning") as told:
         return compress(

@@ -49,9 +49,8 @@ def trainable(model: Any, dense: Any, only: Sequence[nn.Parameter] | None = None
     handles = []
     if only is None:
         handles = [
-            part.weight.register_hook(_only_where(part.weight != 0))  # type: ignore[no-untyped-call]
-            for part in model.requires_grad_(True).modules()
-            if isinstance(part, nn.Linear) and not part.weight.all()
+            weight.register_hook(_only_where(kept))  # type: ignore[no-untyped-call]
+            for weight, kept in sparse_weights(model.requires_grad_(True))
         ]
     for weight in only or ():
         weight.requires_grad_(True)
@@ -67,6 +66,28 @@ def trainable(model: Any, dense: Any, only: Sequence[nn.Parameter] | None = None
         for whole, implementation in before:
             whole.config._attn_implementation = implementation
             whole.to("cpu").eval().requires_grad_(False).zero_grad(set_to_none=True)
+
+
+def sparse_weights(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The weights of linear layers that have zeros, each with where it has none."""
+    linear = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    return [(part.weight, part.weight.detach() != 0) for part in linear if not part.weight.all()]
+
+
+@contextmanager
+def in_bfloat16(*models: nn.Module) -> Iterator[None]:
+    """Models with weights in bfloat16; in float32 afterwards, and what took no gradients as it was."""
+    weights = [weight for model in models for weight in model.parameters()]
+    kept = [(weight, weight.data) for weight in weights if not weight.requires_grad]
+    for weight in weights:
+        weight.data = weight.data.bfloat16()
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.data = weight.data.float()
+        for weight, data in kept:
+            weight.data = data
 
 
 class TellProgress(TrainerCallback):

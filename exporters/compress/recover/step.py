@@ -7,10 +7,10 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class Recover(Step):
         steps: of the optimizer; 0 changes nothing.
         batch: windows of a step.
         learning_rate: the highest, behind a warm-up and before a cosine.
+        matrix_learning_rate: likewise, of Muon on the blocks' matrices; 0: AdamW trains these too.
         text: to train on; none: the calibration text.
         tokens: of `text` to read at most.
         select: share of the windows to train on: those that the model has most to learn from (`batches.choose_windows`).
@@ -62,6 +63,7 @@ class Recover(Step):
         seed: of the order of windows.
         lora: rank of the adapters that are trained instead of the weights; 0 changes nothing; None: all weights are.
         alpha: of the adapters' scale, alpha / lora; None: twice their rank.
+        dtype: of both models while they train, bfloat16 over a float32 master copy or float32.
         compile: compile layers and losses, which takes a minute or two.
     """
 
@@ -69,6 +71,7 @@ class Recover(Step):
     steps: Annotated[int, Field(ge=0)] = 200
     batch: Count = 8
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
+    matrix_learning_rate: Weight = 0.0
     text: Path | None = None
     tokens: Annotated[int, Field(ge=2)] = 1_000_000
     select: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -79,6 +82,7 @@ class Recover(Step):
     seed: int = 0
     lora: Annotated[int, Field(ge=0)] | None = None
     alpha: Annotated[float, Field(gt=0.0)] | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     compile: bool = False
 
     @model_validator(mode="after")
@@ -155,6 +159,7 @@ class Recover(Step):
             training=Training(
                 batch_size=self.batch,
                 learning_rate=self.learning_rate,
+                matrix_learning_rate=self.matrix_learning_rate,
                 warmup_steps=max(1, min(100, self.steps // 10)),
                 weight_decay=0.0,
                 seed=self.seed,
@@ -190,7 +195,12 @@ def _train(
     """
     from transformers import PreTrainedTokenizerFast, PrinterCallback
 
-    from skipstone.exporters.compress.recover.net import TellProgress, distillation_net, trainable
+    from skipstone.exporters.compress.recover.net import (
+        TellProgress,
+        distillation_net,
+        in_bfloat16,
+        trainable,
+    )
     from skipstone.exporters.compress.recover.trainer import RecoverTrainer
     from skipstone.exporters.tune.schedule import Clock
     from skipstone.exporters.tune.trainer import RunControl, last_checkpoint, training_arguments
@@ -201,7 +211,8 @@ def _train(
     clock, last = Clock(max_minutes=None, max_steps=options.steps), last_checkpoint(folder)
     if last is not None:
         clock.resume(last)
-    with trainable(model, work.dense, only), quiet_loading():
+    lowered = in_bfloat16(model, work.dense) if options.dtype == "bfloat16" else nullcontext()
+    with trainable(model, work.dense, only), lowered, quiet_loading():
         trainee = _Trainee(
             distillation_net(model, work, options),
             PreTrainedTokenizerFast(tokenizer_object=work.tokenizer),  # type: ignore[no-untyped-call]

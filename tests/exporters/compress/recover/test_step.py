@@ -62,11 +62,16 @@ def divergences(model: Any, work: Work) -> list[float]:
     return [total / tokens for total in sums]
 
 
-def test_a_decoder_without_a_layer_comes_back_towards_the_dense_one_at_every_exit(tiny: MakeTiny) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_decoder_without_a_layer_comes_back_towards_the_dense_one_at_every_exit(
+    dtype: str, tiny: MakeTiny
+) -> None:
     work = work_for(tiny("llama"), exits=(1, 3))
     model = pruned(tiny("llama"), work)
-    before = divergences(model, work)
-    details = Recover(steps=60, batch=4, learning_rate=3e-3).apply(model, work)
+    before, dense = divergences(model, work), {n: t.clone() for n, t in work.dense.state_dict().items()}
+    details = parse_steps([f"recover:steps=60,batch=4,learning_rate=3e-3,dtype={dtype}"])[0].apply(
+        model, work
+    )
     after = divergences(model, work)
     assert work.exits == (1, 2)
     assert after[-1] < before[-1] / 4
@@ -74,6 +79,10 @@ def test_a_decoder_without_a_layer_comes_back_towards_the_dense_one_at_every_exi
     assert details["kl_divergence"]["before"] == pytest.approx(before[-1], rel=1e-3)
     assert details["kl_divergence"]["after"] == pytest.approx(after[-1], rel=1e-3)
     assert not any(weight.requires_grad for weight in model.parameters())
+    assert equal(work.dense.state_dict(), dense)
+    assert not all(torch.equal(weight, weight.to(torch.bfloat16)) for weight in dense.values())
+    rounded = [torch.equal(weight, weight.to(torch.bfloat16)) for weight in model.parameters()]
+    assert all(rounded) if dtype == "bfloat16" else not any(rounded)
 
 
 def test_an_encoder_decoder_without_layers_comes_back_too(tiny_t5: MakeTiny) -> None:
@@ -137,12 +146,13 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_weights(
     assert not list((own_cache / "recoveries").iterdir())
 
 
-def test_weights_that_were_pruned_stay_zero(tiny: MakeTiny) -> None:
+@pytest.mark.parametrize("matrix_learning_rate", [0.0, 3e-3], ids=["AdamW", "Muon"])
+def test_weights_that_were_pruned_stay_zero(matrix_learning_rate: float, tiny: MakeTiny) -> None:
     work, model = work_for(tiny("llama")), load_eager(tiny("llama"))
     Sparsify(pattern="2:4").apply(model, work)
     before = divergences(model, work)
     gone = {name: weight == 0 for name, weight in model.named_parameters()}
-    Recover(steps=30, learning_rate=3e-3).apply(model, work)
+    Recover(steps=30, learning_rate=3e-3, matrix_learning_rate=matrix_learning_rate).apply(model, work)
     for name, weight in model.named_parameters():
         assert torch.equal(weight == 0, gone[name])
     assert divergences(model, work)[-1] < before[-1] / 2
