@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache, EncoderDecoderCache
 
 from skipstone.exporters.tune.correction import CorrectionFigures, score
 from skipstone.exporters.tune.evaluate import ExitReport, exit_figures
@@ -108,8 +109,12 @@ def corrections(
         batch = pair_batch(tokenizer.backend_tokenizer, [sources[index] for index in chosen], [""])
         inputs = {name: batch[name].to(full.device) for name in ("input_ids", "attention_mask")}
         longest = inputs["input_ids"].shape[1]
+        # generate would make caches for as many layers as the encoder has, which a decoder may exceed.
+        caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with torch.no_grad():
-            outputs = full.generate(**inputs, max_new_tokens=longest + longest // 2 + 8, do_sample=False)
+            outputs = full.generate(
+                **inputs, past_key_values=caches, max_new_tokens=longest + longest // 2 + 8, do_sample=False
+            )
         for index, text in zip(
             chosen, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True
         ):

@@ -64,11 +64,28 @@ CASES = {
         frozenset({"q4_0", "q5_0"}),
         (*HALF["coder"], NARROW, f"search:over=bits,scheme=q4_0,levels=q4_0+q5_0,target_size=3.3MB,{SEARCH}"),
     ),
+    "coder on ExecuTorch": Case(
+        "coder",
+        "8da4w",
+        frozenset({"int4_g32", "int8_channel"}),
+        ("drop_layers:count=8,by=top", NARROW, "quantize:scheme=8da4w,method=gptq,mix=1.k_proj:8da8w"),
+    ),
     "speller on llama.cpp": Case(
         "speller",
         "q4_k_m",
         frozenset({"q4_k", "q6_k", "q8_0"}),
         (*HALF["speller"], NARROW, "quantize:scheme=q4_k_m,method=gptq,mix=encoder.0:q8_0"),
+    ),
+    "speller on ExecuTorch": Case(
+        "speller",
+        "8da4w",
+        frozenset({"int4_g32", "int8_channel"}),
+        (
+            "drop_layers:count=5,by=top,stack=encoder",
+            "drop_layers:count=1,by=top",
+            NARROW,
+            "quantize:scheme=8da4w,method=gptq,mix=encoder.0:8da8w",
+        ),
     ),
 }
 

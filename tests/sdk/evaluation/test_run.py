@@ -16,7 +16,7 @@ from skipstone.evaluation.render import facts
 from skipstone.evaluation.speed import SpeedOptions
 from tests.conftest import Export
 from tests.exporters.tiny import GENTLE, make_checkpoint
-from tests.exporters.tiny_t5 import T5_CASES, make_t5
+from tests.exporters.tiny_t5 import T5_CASES, T5Case, make_t5
 
 ROOT = Path(__file__).resolve().parents[3]
 HELD_OUT = ROOT / "samples" / "prompts" / "held_out.jsonl"
@@ -76,14 +76,21 @@ def test_an_encoder_decoder_also_writes_its_texts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_an_onnx_bundle_has_the_figures_of_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encodes", [False, True], ids=["decoder", "encoder-decoder"])
+def test_an_onnx_bundle_has_the_figures_of_its_checkpoint(encodes: bool, tmp_path: Path) -> None:
     """Not quantised, and with the whole vocabulary at its exit."""
     from skipstone.exporters.pipeline import export_checkpoint
 
-    checkpoint = make_checkpoint(tmp_path / "dense", replace(GENTLE, config={"num_hidden_layers": 2}))
+    checkpoint = (
+        make_t5(tmp_path / "dense", T5Case({"num_layers": 1, "num_decoder_layers": 2}))
+        if encodes
+        else make_checkpoint(tmp_path / "dense", replace(GENTLE, config={"num_hidden_layers": 2}))
+    )
     (checkpoint / "exits.json").write_text('{"exits": [1]}', encoding="utf-8")
-    text = tmp_path / "text.txt"
-    text.write_text("the river is never the same, and so are the files that we read\n" * 2, encoding="utf-8")
+    text = "the river is never the same, and so are the files that we read\n"
+    line = {"source": "teh river", "target": text} if encodes else {"text": text * 2}
+    file = tmp_path / "text.jsonl"
+    file.write_text(json.dumps(line), encoding="utf-8")
     export_checkpoint(
         checkpoint,
         tmp_path / "onnx",
@@ -91,9 +98,10 @@ def test_an_onnx_bundle_has_the_figures_of_its_checkpoint(tmp_path: Path) -> Non
         quantize="none",
         draft_vocab_size=0,
         context_length=96,
+        max_source_length=32 if encodes else None,
     )
     models = (str(checkpoint), str(tmp_path / "onnx"))
-    dense, bundle = evaluate(models, EvaluateOptions(text, models[0], threads=1, memory=False)).rows
+    dense, bundle = evaluate(models, EvaluateOptions(file, models[0], threads=1, memory=False)).rows
     assert bundle.format == "onnx"
     found, expected = bundle.prediction, dense.prediction
     assert found.tokens == expected.tokens > 20
@@ -102,6 +110,8 @@ def test_an_onnx_bundle_has_the_figures_of_its_checkpoint(tmp_path: Path) -> Non
     assert found.agreement == 1.0
     assert found.exits == expected.exits
     assert 0 < found.exits[0].own_last < 1
+    assert bundle.correction == dense.correction
+    assert (bundle.correction is not None) == encodes
 
 
 def test_a_text_that_holds_nothing_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
