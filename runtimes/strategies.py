@@ -114,11 +114,14 @@ class Materials:
         return MixedDrafter(parts)
 
     def text_source(self) -> Drafter:
-        """The cheapest stage: everything that drafts from text alone, merged."""
+        """The cheapest stage, which drafts from text alone: its parts' trees merged.
+
+        Token recycling is none of them: beside the others its drafts cost more than they bring.
+        """
         parts = [
             *self.guided(),
             text_drafter("prompt-lookup", self.engine.vocab_size),
-            text_drafter("recycling", self.engine.vocab_size),
+            text_drafter("katz", self.engine.vocab_size),
         ]
         if self.table is not None:
             parts.append(TableDrafter(self.table))
@@ -160,6 +163,11 @@ def _aggressive(materials: Materials) -> Policy:
 
 def _text(names: str) -> Callable[[Materials], Policy]:
     return lambda materials: FixedPolicy(text_drafter(names, materials.engine.vocab_size))
+
+
+def _all_text(materials: Materials) -> Policy:
+    """What every stage builds on, alone, cut to the size that pays."""
+    return FixedPolicy(GatedDrafter(materials.text_source()))
 
 
 def _layerskip(materials: Materials) -> Policy:
@@ -212,6 +220,7 @@ STRATEGIES: dict[str, Callable[[Materials], Policy]] = {
     "aggressive": _aggressive,
     "layerskip": _layerskip,
     "staged": _staged,
+    "text": _all_text,
     "prompt-lookup": _prompt_lookup,
     "katz": _text("katz"),
     "recycling": _text("recycling"),

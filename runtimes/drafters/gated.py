@@ -24,7 +24,7 @@ class GatedDrafter:
     def __init__(self, source: Drafter) -> None:
         self._source = source
         self.name = source.name
-        self._overhead = 0.0
+        self.overhead = 0.0
         self._promised = self._accepted = _PRIOR
         self._promise = 0.0
 
@@ -36,18 +36,21 @@ class GatedDrafter:
         if costs.run(0, costs.last_exit, 2) > request.ceiling:
             return TokenTree()
         tree = self._source.propose(replace(request, floor=max(request.floor, costs.least_score)))
-        scores = sorted(tree.scores, reverse=True)
+        cut = self.cut(tree, request)
+        self._promise = sum(cut.scores)
+        return cut
+
+    def cut(self, tree: TokenTree, request: DraftRequest) -> TokenTree:
+        """What of a tree of its source it would propose."""
+        costs, scores = request.costs, sorted(tree.scores, reverse=True)
         honest = min(1.0, self._accepted / self._promised)
         count, rate = costs.best_count(
             [honest * score for score in scores],
-            self._overhead,
+            self.overhead,
             limit=request.limit,
             ceiling=request.ceiling,
         )
-        if rate * costs.plain <= _WORTH:
-            return TokenTree()
-        self._promise = sum(scores[:count])
-        return tree.best(count)
+        return tree.best(count) if rate * costs.plain > _WORTH else TokenTree()
 
     def verified(self, accepted: int, predicted: float, seconds: float) -> None:
         """Learn what became of the last draft, and what its round cost beyond the cost model.
@@ -60,7 +63,7 @@ class GatedDrafter:
         self._promised = _FADING * self._promised + self._promise
         self._accepted = _FADING * self._accepted + accepted
         extra = min(max(0.0, seconds - predicted), predicted)
-        self._overhead += _MEMORY * (extra - self._overhead)
+        self.overhead += _MEMORY * (extra - self.overhead)
 
     def observe(self, observation: Observation) -> None:
         self._source.observe(observation)

@@ -7,7 +7,7 @@ tree of the most probable paths, grown best first.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 from skipstone.runtimes.drafters.base import DraftRequest, Observation
@@ -16,6 +16,36 @@ from skipstone.runtimes.tree import TokenTree
 
 _DISCOUNT = 0.5
 _BRANCHES = 4
+
+
+class Followers:
+    """How often which token came after a history; the most frequent are at hand."""
+
+    __slots__ = ("counts", "frequent", "total")
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        self.frequent: list[int] = []  # `_BRANCHES` of them, in falling order
+        self.total = 0
+
+    def add(self, token: int) -> None:
+        """It came once more."""
+        counts, frequent = self.counts, self.frequent
+        self.total += 1
+        count = counts[token] = counts.get(token, 0) + 1
+        if token in frequent:
+            place = frequent.index(token)
+        elif len(frequent) < _BRANCHES:
+            place = len(frequent)
+            frequent.append(token)
+        elif count > counts[frequent[-1]]:
+            place = len(frequent) - 1
+            frequent[place] = token
+        else:
+            return
+        while place and counts[frequent[place - 1]] < count:
+            frequent[place - 1], frequent[place] = token, frequent[place - 1]
+            place -= 1
 
 
 class KatzDrafter:
@@ -29,7 +59,7 @@ class KatzDrafter:
     def reset(self, prompt: Sequence[int], source: Sequence[int] = ()) -> None:
         self._before = len(source)  # tokens of the text that the context does not hold
         self._text: list[int] = []
-        self._counts: dict[tuple[int, ...], Counter[int]] = {}
+        self._seen: defaultdict[tuple[int, ...], Followers] = defaultdict(Followers)
         self._extend([*source, *prompt])
 
     def propose(self, request: DraftRequest) -> TokenTree:
@@ -52,13 +82,12 @@ class KatzDrafter:
         found: dict[int, float] = {}
         free = 1.0
         for start in range(len(history) + 1):
-            counts = self._counts.get(history[start:])
-            if not counts:
+            seen = self._seen.get(history[start:])
+            if seen is None:
                 continue
-            total = counts.total()
-            for token, count in counts.most_common(_BRANCHES):
-                found.setdefault(token, free * (count - _DISCOUNT) / total)
-            free *= _DISCOUNT * len(counts) / total
+            for token in seen.frequent:
+                found.setdefault(token, free * (seen.counts[token] - _DISCOUNT) / seen.total)
+            free *= _DISCOUNT * len(seen.counts) / seen.total
             if len(found) >= _BRANCHES:
                 break
         return sorted(found.items(), key=lambda item: -item[1])
@@ -67,5 +96,5 @@ class KatzDrafter:
         for token in tokens:
             for n in range(min(2, len(self._text)) + 1):
                 history = tuple(self._text[len(self._text) - n :])
-                self._counts.setdefault(history, Counter())[token] += 1
+                self._seen[history].add(token)
             self._text.append(token)

@@ -14,6 +14,9 @@ decodes plainly where none is hoped to be faster. Four things keep the promise n
 - an arm whose record is good is trusted to make up for a bad start and may lose more before it is stopped: to stop it
   then would only make sure of the loss. Nothing is lent where a generation is too short to make up for it.
 
+What a stage is shown by the text drafter below it is held against the accepted tokens too: so drafting from text alone
+is known for what it is worth while a stage is chosen.
+
 The record can be kept, and given to the next process (`AutoPolicy.record`).
 
 The controller is of the kind ONNX Runtime GenAI uses for draft lengths (throughput averaged exponentially, probes with
@@ -32,6 +35,7 @@ from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
 from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
 from skipstone.runtimes.drafters.gated import GatedDrafter
+from skipstone.runtimes.drafters.overheard import OverheardDrafter
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import Choice, Outcome
 from skipstone.runtimes.session import Session
@@ -177,9 +181,11 @@ class AutoPolicy:
         # a draft model resets its source along with itself
         self._texts, self._costs = [part for part in (guided, draft or text) if part is not None], costs
         self._seconds, self._plain_rounds = costs.plain, 0  # of a plain token, and how many were measured
-        self._arms = [Arm(GatedDrafter(text))]
+        self._text, self._overheard = GatedDrafter(text), OverheardDrafter(text)
+        self._text_arm = Arm(self._text)
+        self._arms = [self._text_arm]
         if engine.draft_vocabulary is not None:
-            self._arms += [Arm(EarlyExitDrafter(e, text), _HOPE**2) for e in engine.exits[:-1]]
+            self._arms += [Arm(EarlyExitDrafter(e, self._overheard), _HOPE**2) for e in engine.exits[:-1]]
         if draft is not None:
             self._arms.append(Arm(draft, _HOPE**2))
         if guided is not None:
@@ -211,6 +217,7 @@ class AutoPolicy:
     def begin(self, prompt: Sequence[int], session: Session) -> None:
         for text in self._texts:
             text.reset(prompt, session.source)
+        self._overheard.take()  # of a generation that was abandoned
         self._generated, self._gained, self._length = 0, 0.0, None
         for arm in self._arms:
             arm.wake()
@@ -249,6 +256,7 @@ class AutoPolicy:
         arm.drafter.observe(outcome.observation)
         price = (seconds + time.perf_counter() - began) / self._seconds
         arm.update(fresh, price)
+        self._overhear(outcome)
         self._gained += (1.0 + _SHARE) * fresh - price
         if arm.speedup < 1.0:
             arm.sleep(self._generated)
@@ -259,6 +267,17 @@ class AutoPolicy:
         """A round of plain decoding took so long."""
         self._plain_rounds += 1
         self._seconds += max(_MEMORY, 1.0 / (1.0 + self._plain_rounds)) * (seconds - self._seconds)
+
+    def _overhear(self, outcome: Outcome) -> None:
+        """A stage was shown a draft from text: what that alone would have yielded and taken is known by now."""
+        heard, observation = self._overheard.take(), outcome.observation
+        if heard is None:
+            return
+        cut = self._text.cut(heard.tree, heard.request)
+        tokens = 1 + cut.matching(observation.context[-observation.fresh :])
+        seconds = self._costs.run(0, self._costs.last_exit, len(cut) + 1) + self._text.overhead
+        beside = max(0.0, self._seconds - self._costs.plain)  # of a round, whatever is run in it
+        self._text_arm.update(tokens, (seconds + beside) / self._seconds)
 
     def _account(self, arm: Arm) -> float:
         """Plain tokens that the arm may still lose in this generation."""

@@ -200,7 +200,7 @@ def new_policy(
 def runnable_strategies(target: Subject) -> tuple[str, ...]:
     """The strategies this bundle can run without anything else, the default of a benchmark."""
     guided = ("aggressive",) if target.engine.encoder is not None else ()
-    text = (*guided, "prompt-lookup", "katz", "recycling")
+    text = (*guided, "text", "prompt-lookup", "katz", "recycling")
     inner = (
         ("layerskip", "staged")
         if target.engine.draft_vocabulary is not None and len(target.engine.exits) > 1

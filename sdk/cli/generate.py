@@ -36,7 +36,7 @@ def generate(
     strategy: Annotated[
         str,
         typer.Option(
-            help="auto, plain, aggressive, layerskip, staged, prompt-lookup, katz, recycling or draft-model.",
+            help="auto, plain, aggressive, layerskip, staged, text, prompt-lookup, katz, recycling or draft-model.",
         ),
     ] = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,

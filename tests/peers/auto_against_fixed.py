@@ -35,7 +35,7 @@ from skipstone.runtimes.strategies import StrategyOptions
 from tests.peers.common import ROOT, command_line, take_turns
 
 SCHEMES = (("gguf", "q8_0"), ("executorch", "none"))
-TEXT = ("prompt-lookup", "katz", "recycling")
+TEXT = ("text", "prompt-lookup", "katz", "recycling")
 LENGTHS = (None, 3, 6)
 PLAIN, AGAIN, AUTO, NEW = "plain", "plain again", "auto", "auto, new"
 _OPEN = StrategyOptions()

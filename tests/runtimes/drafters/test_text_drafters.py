@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from skipstone.runtimes.drafters import TEXT_DRAFTERS, text_drafter
 from skipstone.runtimes.drafters.base import Drafter, DraftRequest, Observation
 from skipstone.runtimes.drafters.gated import GatedDrafter
-from skipstone.runtimes.drafters.katz import KatzDrafter
+from skipstone.runtimes.drafters.katz import Followers, KatzDrafter
 from skipstone.runtimes.drafters.mixed import MixedDrafter
 from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.drafters.recycling import RecyclingDrafter
@@ -118,6 +118,18 @@ def back_off(text: Sequence[int], history: tuple[int, ...], token: int) -> float
     if followers[token]:
         return (followers[token] - 0.5) / total
     return 0.5 * len(followers) / total * back_off(text, history[1:], token) if history else 0.0
+
+
+@given(tokens=st.lists(st.integers(0, 9), max_size=60))
+def test_the_followers_at_hand_are_the_most_frequent(tokens: list[int]) -> None:
+    followers = Followers()
+    for token in tokens:
+        followers.add(token)
+    expected = Counter(tokens)
+    assert [expected[token] for token in followers.frequent] == sorted(expected.values(), reverse=True)[:4]
+    assert len(set(followers.frequent)) == len(followers.frequent)
+    assert followers.counts == expected
+    assert followers.total == len(tokens)
 
 
 @given(

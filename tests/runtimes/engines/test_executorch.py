@@ -83,7 +83,9 @@ def generated(engine: ExecuTorchEngine, strategy: str, prompt: list[int]) -> tup
     return [token for step in steps for token in step.tokens], sum(step.accepted for step in steps)
 
 
-@pytest.mark.parametrize("strategy", ["layerskip", "staged", "prompt-lookup", "katz", "recycling", "auto"])
+@pytest.mark.parametrize(
+    "strategy", ["layerskip", "staged", "text", "prompt-lookup", "katz", "recycling", "auto"]
+)
 def test_a_strategy_generates_what_plain_decoding_does(
     bundle: Bundle, engine: ExecuTorchEngine, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ from tests.runtimes.even_time import EvenTime
 pytestmark = pytest.mark.engine
 TOKENS = 32
 TEXTS = ("def read_lines(path):\n", "import os\nimport ")
-STRATEGIES = ("layerskip", "staged", "prompt-lookup", "katz", "recycling", "auto")
+STRATEGIES = ("layerskip", "staged", "text", "prompt-lookup", "katz", "recycling", "auto")
 
 
 @pytest.fixture

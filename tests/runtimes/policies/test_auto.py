@@ -12,8 +12,9 @@ import skipstone.runtimes.policies.auto as auto_module
 from skipstone.bundle import CostCurve
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters import text_drafter
-from skipstone.runtimes.drafters.base import DraftRequest, Observation
+from skipstone.runtimes.drafters.base import Drafter, DraftRequest, Observation
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter
+from skipstone.runtimes.drafters.gated import GatedDrafter
 from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.generate import Choice, FixedPolicy, GenerationLimits, Outcome, Policy, Step, generate
 from skipstone.runtimes.policies.auto import Arm, AutoPolicy, Record
@@ -218,6 +219,48 @@ def test_what_was_learned_stays_for_the_next_generation(clock: Clock) -> None:
     assert [step.drafter for step in opening[1:4]] == ["", "", ""], "the first rounds show what plain costs"
     assert all(step.drafter for step in reopening[1:4])
     assert second <= 1.05 * first
+
+
+@pytest.mark.parametrize("kind", ["wild", "copying"])
+def test_text_alone_is_known_for_what_it_is_worth_while_a_stage_drafts(kind: str, clock: Clock) -> None:
+    """What it says to the stage, against the speed of a generation that it drafted for alone."""
+    engine = engine_like(kind)
+    costs = toy_costs(engine, slope=0.15)
+    engine.run_on(clock, costs)
+    plain, _ = seconds_per_token(FixedPolicy(None), engine, costs, clock)
+    text = GatedDrafter(text_drafter("prompt-lookup+recycling", engine.vocab_size))
+    alone, _ = seconds_per_token(FixedPolicy(text), engine, costs, clock)
+    policy = auto_policy(engine, costs)
+    policy.try_only("n-gram+recycling → exit 2")
+    _, steps = seconds_per_token(policy, engine, costs, clock)
+    assert not any(step.drafter == "n-gram+recycling" for step in steps)
+    found = policy.record["n-gram+recycling"]
+    assert found.rounds > 20
+    assert found.tokens / found.price == pytest.approx(plain / alone, rel=0.15)
+
+
+def test_a_generation_that_was_abandoned_says_nothing_of_the_next(clock: Clock) -> None:
+    engine = engine_like("copying")
+    costs = toy_costs(engine, slope=0.15)
+    engine.run_on(clock, costs)
+    policy = auto_policy(engine, costs)
+    policy.try_only("n-gram+recycling → exit 2")
+    session = Session(engine, engine.max_context_length)
+    text = [1, 2, 3, 4, 1, 2, 3]
+    seen = Observation([*text, 4], 1, TokenTree(), (), [3], [np.zeros(engine.vocab_size, np.float32)])
+
+    def next_drafter() -> Drafter:
+        while (drafter := policy.next(LONG).drafter) is None:
+            policy.learn(Outcome(None, 0, 0, costs.plain, seen))
+        return drafter
+
+    policy.begin(text, session)
+    session.prefill(text)
+    next_drafter().propose(DraftRequest([*text, 4], session, Sampler(SamplingConfig()), 8, costs))
+    session.discard()
+    policy.begin(text, session)
+    policy.learn(Outcome(next_drafter(), 0, 0, costs.plain, seen))
+    assert policy.record["n-gram+recycling"].rounds == 0
 
 
 def test_without_a_draft_head_auto_drafts_from_text_alone(clock: Clock) -> None:

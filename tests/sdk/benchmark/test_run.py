@@ -43,7 +43,7 @@ def whole_gguf(coder_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_every_strategy_has_a_row_and_says_what_plain_decoding_says(coder_bundle_f32: Path) -> None:
     report = run_bench(coder_bundle_f32, OPTIONS)
     names = [row.strategy for row in report.rows]
-    assert names == ["plain", "prompt-lookup", "katz", "recycling", "layerskip", "staged", "auto"]
+    assert names == ["plain", "text", "prompt-lookup", "katz", "recycling", "layerskip", "staged", "auto"]
     for row in report.rows:
         assert (row.identical, row.near_tie_divergences, row.other_divergences) == (len(PROMPTS), 0, 0)
         assert row.new_tokens == len(PROMPTS) * OPTIONS.repeats * 15
