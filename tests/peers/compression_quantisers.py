@@ -1,13 +1,16 @@
-"""Hold compression's quantisers against rounding to the nearest code, at equal size, on the shipped decoder.
+"""Hold compression's quantisers against rounding to the nearest code, at equal size, on the shipped models.
 
-    python -m tests.peers.compression_quantisers
+    python -m tests.peers.compression_quantisers                    the decoder
+    python -m tests.peers.compression_quantisers --no-mixed --checkpoint samples/models/speller \
+        --calibration samples/calibration/prose.jsonl --held-out samples/prompts/speller_held_out.jsonl \
+        --output docs/benchmarks/compression-quantisers-speller.json    the encoder-decoder
 
 Every method chooses codes in the same layouts, so that the rows of one scheme take the same bytes to the last. What each
 comes to is measured on text that none saw (samples/prompts/held_out.jsonl): divergence from the dense model, perplexity,
-and how often the best token at every exit is the one that the dense model has there. Calibration text is cut from files
-that the decoder was trained on. Mixed precision gives every matrix its own layout, by what the model loses when that
-matrix alone is rounded, within the bytes that all matrices take in one layout. The table goes to
-docs/benchmarks/compression-quantisers.json.
+and how often the best token at every exit of the decoder is the one that the dense model has there. Calibration text is
+cut from files that the decoder was trained on, if none is named. Mixed precision gives every matrix its own layout, by
+what the model loses when that matrix alone is rounded, within the bytes that all matrices take in one layout. The table
+goes to docs/benchmarks/compression-quantisers.json.
 """
 
 import argparse
@@ -28,18 +31,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from skipstone.benchmark.report import this_machine, write_json
-from skipstone.exporters.checkpoint import load_eager, open_checkpoint
+from skipstone.exporters.checkpoint import load_eager
 from skipstone.exporters.compress.fidelity import measure_fidelity
 from skipstone.exporters.compress.folder import measure_size
 from skipstone.exporters.compress.quantize.grid import grid_of
 from skipstone.exporters.compress.quantize.plan import layouts, linear_names
 from skipstone.exporters.compress.quantize.step import Quantize
 from skipstone.exporters.compress.recipe import options_of
+from skipstone.exporters.compress.shapes import facts_of, open_source
 from skipstone.exporters.compress.steps import Target
 from skipstone.exporters.compress.texts import read_windows
 from skipstone.exporters.compress.work import Windows, Work
-from skipstone.exporters.exits import recorded_exits
-from skipstone.exporters.facts import checkpoint_facts, load_tokenizer, num_weights
+from skipstone.exporters.exits import recorded_encoder_exits, recorded_exits
+from skipstone.exporters.facts import load_tokenizer
 from skipstone.exporters.tune.data import collect
 from skipstone.exporters.tune.recipe import load_recipe
 from tests.peers.common import ROOT, command_line
@@ -68,6 +72,7 @@ class Settings:
 
     checkpoint: Path
     recipe: Path
+    calibration: Path | None
     held_out: Path
     schemes: tuple[str, ...]
     methods: tuple[str, ...]
@@ -111,11 +116,10 @@ class Comparison:
 
     def __init__(self, settings: Settings, calibration: Path) -> None:
         self._settings = settings
-        checkpoint = open_checkpoint(settings.checkpoint)
-        self._tokenizer = load_tokenizer(checkpoint)
+        checkpoint = open_source(settings.checkpoint)
+        self._tokenizer, facts = load_tokenizer(checkpoint), facts_of(checkpoint)
         self._exits = recorded_exits(checkpoint.path, checkpoint.config)
-        length, parameters = checkpoint.config.max_position_embeddings, num_weights(checkpoint)
-        facts = checkpoint_facts(checkpoint, self._tokenizer, length, parameters)
+        self._encoder_exits = recorded_encoder_exits(checkpoint.path, checkpoint.config)
         self._calibration, self._held_out = (
             read_windows(file, flag, self._tokenizer, facts, tokens)
             for file, flag, tokens in (
@@ -127,8 +131,9 @@ class Comparison:
     def outcome(self, bits: int, scheme: str, method: str, step: Quantize) -> Outcome:
         """What a step comes to."""
         work = Work(
-            self._settings.checkpoint, Target(), self._tokenizer, self._calibration, exits=self._exits
-        )
+            self._settings.checkpoint, Target(), self._tokenizer, self._calibration,
+            exits=self._exits, encoder_exits=self._encoder_exits,
+        )  # fmt: skip
         model, start = load_eager(self._settings.checkpoint), time.perf_counter()
         step.apply(model, work)
         seconds = time.perf_counter() - start
@@ -241,6 +246,7 @@ def parse_settings() -> Settings:
     samples = ROOT / "samples"
     parser.add_argument("--checkpoint", type=Path, default=samples / "models" / "coder")
     parser.add_argument("--recipe", type=Path, default=samples / "recipes" / "coder-further.toml")
+    parser.add_argument("--calibration", type=Path, help="default: cut from the recipe's corpus")
     parser.add_argument("--held-out", type=Path, default=samples / "prompts" / "held_out.jsonl")
     every = [scheme for schemes in _SCHEMES.values() for scheme in schemes]
     parser.add_argument("--schemes", nargs="*", choices=every, default=every)
@@ -275,7 +281,7 @@ def keep(settings: Settings, outcomes: list[Outcome]) -> None:
         "command": command_line(),
         "machine": asdict(this_machine()),
         "settings": {key: value for key, value in vars(settings).items() if not isinstance(value, Path)},
-        "calibration_packages": _PACKAGES,
+        "calibration_packages": None if settings.calibration else _PACKAGES,
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
     write_json(settings.output, kept)
@@ -286,8 +292,9 @@ def main() -> None:
     settings = parse_settings()
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="skipstone-") as folder:
-        calibration = Path(folder) / "calibration.jsonl"
-        write_calibration(settings.recipe, calibration)
+        calibration = settings.calibration or Path(folder) / "calibration.jsonl"
+        if settings.calibration is None:
+            write_calibration(settings.recipe, calibration)
         comparison = Comparison(settings, calibration)
         for outcome in chain(comparison.methods(), comparison.mixes() if settings.mixed else ()):
             print(outcome.scheme, outcome.method, outcome.num_bytes, f"{outcome.kl:.4f}", flush=True)

@@ -1,6 +1,6 @@
 """Prune 30 % of `coder`'s parameters, recover, and hold the result against the dense model.
 
-    python -m tests.peers.pruned_and_recovered                      hours; only shorter ones were run so far
+    python -m tests.peers.pruned_and_recovered --compile            an hour and a half on a core
     python -m tests.peers.pruned_and_recovered --steps 20 --tokens 50000 --output few.json
 
 Layers go by `skipstone compress`, and the model that is left learns from the dense one on the training files of the
@@ -67,13 +67,13 @@ def parse_plan() -> Plan:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Prune 30 % and recover.")
     parser.add_argument("--prune", default="drop_layers:count=4,by=contribution")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--matrix-learning-rate", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--matrix-learning-rate", type=float, default=5e-4)
     parser.add_argument("--hidden", type=float, default=0.1)
-    parser.add_argument("--exit-weight", type=float, default=0.8)
-    parser.add_argument("--tokens", type=int, default=12_000_000)
+    parser.add_argument("--exit-weight", type=float, default=0.3)
+    parser.add_argument("--tokens", type=int, default=9_200_000)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "pruned-and-recovered")
     parser.add_argument("--quantize", default="q8_0")
