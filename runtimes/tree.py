@@ -75,17 +75,6 @@ class TokenTree:
         path.reverse()
         return path
 
-    def matching(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens`, from the first on, are a path down from the root."""
-        children, node = self.children(), ROOT
-        for depth, token in enumerate(tokens):
-            followers = (child for child in children.get(node, ()) if self.tokens[child] == token)
-            found = next(followers, None)
-            if found is None:
-                return depth
-            node = found
-        return len(tokens)
-
     def best(self, count: int) -> TokenTree:
         """The `count` nodes with the highest scores; ancestors score at least as high, so the rest is a tree.
 

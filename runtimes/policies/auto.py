@@ -39,9 +39,11 @@ from skipstone.runtimes.drafters.overheard import OverheardDrafter
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import Choice, Outcome
 from skipstone.runtimes.session import Session
+from skipstone.runtimes.verify import accept_greedy
 
 _MEMORY = 0.12  # weight of the newest plain round
 _WARM_UP = 3  # plain rounds that show what a token really costs here
+_NO_TOKEN = -1
 _FIRST_NAP = 16  # tokens
 _LONGEST_NAP = 1024
 _FADING, _IDLE = 0.9, 0.97  # of a record, with every generation that used the arm, and that did not
@@ -274,7 +276,8 @@ class AutoPolicy:
         if heard is None:
             return
         cut = self._text.cut(heard.tree, heard.request)
-        tokens = 1 + cut.matching(observation.context[-observation.fresh :])
+        text = iter((*observation.context[-observation.fresh :], _NO_TOKEN))
+        tokens = 1 + len(accept_greedy(cut, lambda _node: next(text)).accepted)
         seconds = self._costs.run(0, self._costs.last_exit, len(cut) + 1) + self._text.overhead
         beside = max(0.0, self._seconds - self._costs.plain)  # of a round, whatever is run in it
         self._text_arm.update(tokens, (seconds + beside) / self._seconds)

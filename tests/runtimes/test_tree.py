@@ -38,12 +38,6 @@ def test_children_are_listed_under_their_parents_in_order(tree: TokenTree) -> No
         assert all(tree.parents[node] == parent for node in nodes)
 
 
-@given(tree=scored_trees(), tokens=st.lists(st.integers(0, 4), max_size=6))
-def test_matching_tokens_are_the_longest_beginning_that_is_a_path(tree: TokenTree, tokens: list[int]) -> None:
-    beginnings = [n for n in range(1, len(tokens) + 1) if tuple(tokens[:n]) in paths(tree)]
-    assert tree.matching(tokens) == max(beginnings, default=0)
-
-
 @given(tree=scored_trees(), count=st.integers(0, 16))
 def test_the_best_nodes_are_a_tree_of_the_highest_scores(tree: TokenTree, count: int) -> None:
     best = tree.best(count)
