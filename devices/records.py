@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from skipstone.bundle import Bundle
 from skipstone.devices.curves import CurveKey
 from skipstone.devices.kept import keep_text, kept_contents
-from skipstone.runtimes.policies.auto import Record
+from skipstone.runtimes.policies.arms import Record
 
 _EVERY_SECONDS = 30.0
 _Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -35,6 +36,8 @@ class _Sums(BaseModel):
     rounds: _Sum
     tokens: _Sum
     price: _Sum
+    text_tokens: _Sum = 0.0
+    text_price: _Sum = 0.0
 
 
 class _File(BaseModel):
@@ -82,14 +85,14 @@ def kept_records(bundle: Bundle, key: CurveKey) -> dict[str, Record]:
     """By the drafters' names; empty where nothing was kept, or what was is damaged, newer or of another machine."""
     for _, found in kept_contents(bundle, _name(key), _File):
         if found.key == key:
-            return {name: Record(sums.rounds, sums.tokens, sums.price) for name, sums in found.ways.items()}
+            return {name: Record(**sums.model_dump()) for name, sums in found.ways.items()}
     return {}
 
 
 def keep_records(bundle: Bundle, key: CurveKey, records: Mapping[str, Record]) -> None:
     """Keep them in place of earlier ones. A disk that takes no file is no error: the next process begins anew."""
     ways = {
-        name: _Sums(rounds=round(one.rounds, 3), tokens=round(one.tokens, 3), price=round(one.price, 3))
+        name: _Sums(**{figure: round(total, 3) for figure, total in asdict(one).items()})
         for name, one in records.items()
         if one.rounds
     }

@@ -20,7 +20,8 @@ from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.drafters.table import NGramTable, TableDrafter
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import FixedPolicy, Policy
-from skipstone.runtimes.policies.auto import AutoPolicy, Record
+from skipstone.runtimes.policies.arms import Record
+from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.shapes import TreeShape
 
 # Where a lexicon knows better: that the source is right, that the lexicon is.
@@ -209,9 +210,16 @@ def _draft_model(materials: Materials) -> Policy:
 
 
 def _auto(materials: Materials) -> Policy:
-    text, guided = materials.text_source(), materials.guide_drafter()
-    draft = None if materials.draft_model is None else materials.draft_model(text, GrowthOptions())
-    return AutoPolicy(materials.engine, materials.costs, text, guided, materials.record, draft)
+    make = materials.draft_model
+    draft = None if make is None else lambda source: make(source, GrowthOptions())
+    return AutoPolicy(
+        materials.engine,
+        materials.costs,
+        materials.text_source(),
+        materials.guide_drafter(),
+        materials.record,
+        draft,
+    )
 
 
 STRATEGIES: dict[str, Callable[[Materials], Policy]] = {

@@ -43,7 +43,8 @@ from skipstone.runtimes.drafters.table import NGramTable
 from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.engines.base import Engine, Settled
 from skipstone.runtimes.generate import GenerationLimits, Policy, generate
-from skipstone.runtimes.policies.auto import AutoPolicy, Record
+from skipstone.runtimes.policies.arms import Record
+from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.prefix import common_prefix_length
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session

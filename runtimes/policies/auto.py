@@ -1,10 +1,9 @@
 """`auto`: draft where measured speed says it pays, decode plainly elsewhere.
 
-Every way to draft is an arm. What a round with it yields and takes, in tokens of plain decoding, is measured all along,
-so a machine that slows down changes nothing. An arm's speed-up is estimated from its record over earlier texts, which
-fades, and from what the present text shows; the record weighs as much as `_CERTAIN` plain tokens of drafting, about
-what separates chance from a text of another kind. A round takes the best arm, those seldom tried with a bonus, or
-decodes plainly where none is hoped to be faster. Four things keep the promise never to be slower than plain:
+Every way to draft is an arm (`skipstone.runtimes.policies.arms`). What a round with it yields and takes, in tokens of
+plain decoding, is measured all along, so a machine that slows down changes nothing. A round takes the best arm, those
+seldom tried with a bonus, or decodes plainly where none is hoped to be faster. Four things keep the promise never to be
+slower than plain:
 
 - within a round every draft is sized by expected gain (`CostModel.best_count`), and may come out empty;
 - an arm that falls behind plain in this text sleeps, twice as long each time; while all sleep nothing is computed but
@@ -15,7 +14,7 @@ decodes plainly where none is hoped to be faster. Four things keep the promise n
   then would only make sure of the loss. Nothing is lent where a generation is too short to make up for it.
 
 What a stage is shown by the text drafter below it is held against the accepted tokens too: so drafting from text alone
-is known for what it is worth while a stage is chosen.
+is known for what it is worth while a stage is chosen, and the stage for what it adds to that.
 
 The record can be kept, and given to the next process (`AutoPolicy.record`).
 
@@ -28,8 +27,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.base import Drafter
@@ -38,18 +36,13 @@ from skipstone.runtimes.drafters.gated import GatedDrafter
 from skipstone.runtimes.drafters.overheard import OverheardDrafter
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import Choice, Outcome
+from skipstone.runtimes.policies.arms import FIRST_NAP, GAIN, HOPE, Arm, Record
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.verify import accept_greedy
 
 _MEMORY = 0.12  # weight of the newest plain round
 _WARM_UP = 3  # plain rounds that show what a token really costs here
 _NO_TOKEN = -1
-_FIRST_NAP = 16  # tokens
-_LONGEST_NAP = 1024
-_FADING, _IDLE = 0.9, 0.97  # of a record, with every generation that used the arm, and that did not
-_DOUBT, _CERTAIN = 2.0, 30.0  # plain tokens that a promise weighs, and a record at most
-_EVIDENCE = 12.0  # plain tokens of drafting that a record is worth trust with
-_GAIN = 1.1  # speed-up that earns it
 _CREDIT = 1.0  # plain tokens that drafting may lose at once
 _SHARE = 0.01  # of all tokens, that it may lose in the long run
 _TRUST = 20.0  # more of them, for an arm that is trusted
@@ -61,102 +54,6 @@ _TYPICAL = 1.5  # speed-up by which this is foreseen, of arms that are not trust
 _STAKE = 1.5  # plain tokens that a round may lose beyond the account
 _COMPARED = 4  # of so many rounds that try a way one is plain
 _OUTLIER = 1.5  # a round this much slower than foreseen was interrupted from outside
-_HOPE = 1.05  # speed-up that an untried arm of text is taken to have; stages come before text
-_CURIOSITY = 1.2  # what is hoped for beyond the estimate, by the root of the rounds that were seen
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What drafting in one way has brought: sums over rounds, older ones faded.
-
-    Attributes:
-        rounds: their number.
-        tokens: that they yielded.
-        price: what they took, in tokens of plain decoding.
-    """
-
-    rounds: float = 0.0
-    tokens: float = 0.0
-    price: float = 0.0
-
-    def scaled(self, share: float) -> Record:
-        """This share of it."""
-        return Record(share * self.rounds, share * self.tokens, share * self.price)
-
-    def and_newer(self, newer: Record) -> Record:
-        """Both together."""
-        return Record(self.rounds + newer.rounds, self.tokens + newer.tokens, self.price + newer.price)
-
-    def speedup(self, expected: float, weight: float) -> float:
-        """Over plain decoding; as was expected, with the weight of so many plain tokens, where there is little."""
-        return (weight * expected + self.tokens) / (weight + self.price)
-
-
-@dataclass(slots=True, eq=False)
-class Arm:
-    """One way to draft, and how it has been doing.
-
-    Attributes:
-        drafter: its drafter.
-        promise: the speed-up it is hoped to have before anything is known.
-        record: of earlier generations.
-        text: of the present one since the arm last slept, as much of it as a record weighs.
-        generation: of the present one.
-        nap: tokens it will sleep next time.
-        asleep_until: count of generated tokens at which it may be tried again.
-    """
-
-    drafter: Drafter
-    promise: float = _HOPE
-    record: Record = Record()
-    text: Record = Record()
-    generation: Record = Record()
-    nap: int = _FIRST_NAP
-    asleep_until: int = 0
-
-    @property
-    def gain(self) -> float:
-        """Its speed-up over earlier generations."""
-        return self.record.speedup(self.promise, _DOUBT)
-
-    @property
-    def trusted(self) -> bool:
-        """Whether drafting so has paid."""
-        return self.record.price >= _EVIDENCE and self.gain >= _GAIN
-
-    @property
-    def speedup(self) -> float:
-        """Over plain decoding, in this text."""
-        return self.text.speedup(self.gain, min(_CERTAIN, _DOUBT + self.record.price))
-
-    @property
-    def hoped(self) -> float:
-        """The speed-up, and more the less it was tried."""
-        return self.speedup + _CURIOSITY / math.sqrt(1.0 + self.record.rounds + self.text.rounds)
-
-    def update(self, tokens: int, price: float) -> None:
-        """Take in one round."""
-        seen = Record(1, tokens, price)
-        lately = min(1.0, _CERTAIN / self.text.price) if self.text.price else 1.0
-        self.text = self.text.scaled(lately).and_newer(seen)
-        self.generation = self.generation.and_newer(seen)
-
-    def sleep(self, now: int) -> None:
-        """Sleep for a while, longer each time in a row, and wake with the benefit of the doubt."""
-        self.asleep_until = now + self.nap
-        self.nap = min(2 * self.nap, _LONGEST_NAP)
-        self.text = Record()
-
-    def up_to_date(self) -> Record:
-        """The record with the present generation in it."""
-        fading = _FADING if self.generation.rounds else _IDLE
-        return self.record.scaled(fading).and_newer(self.generation)
-
-    def wake(self) -> None:
-        """A new text: what was bad for the last one may be good for this."""
-        self.record = self.up_to_date()
-        self.text = self.generation = Record()
-        self.asleep_until, self.nap = 0, _FIRST_NAP
 
 
 class AutoPolicy:
@@ -168,7 +65,7 @@ class AutoPolicy:
         text: drafts from text alone; the arms build on it.
         guided: copies what the output may resemble, and is tried before all others; None where there is nothing.
         record: what arms brought before, by their drafters' names; those it does not name begin anew.
-        draft: a draft model's drafter, whose source is `text`; None where there is none.
+        draft: makes a draft model's drafter with a given source; None where there is none.
     """
 
     def __init__(
@@ -178,20 +75,23 @@ class AutoPolicy:
         text: Drafter,
         guided: Drafter | None = None,
         record: Mapping[str, Record] | None = None,
-        draft: Drafter | None = None,
+        draft: Callable[[Drafter], Drafter] | None = None,
     ) -> None:
-        # a draft model resets its source along with itself
-        self._texts, self._costs = [part for part in (guided, draft or text) if part is not None], costs
+        self._costs = costs
         self._seconds, self._plain_rounds = costs.plain, 0  # of a plain token, and how many were measured
         self._text, self._overheard = GatedDrafter(text), OverheardDrafter(text)
         self._text_arm = Arm(self._text)
-        self._arms = [self._text_arm]
+        stages: list[Drafter] = []
         if engine.draft_vocabulary is not None:
-            self._arms += [Arm(EarlyExitDrafter(e, self._overheard), _HOPE**2) for e in engine.exits[:-1]]
-        if draft is not None:
-            self._arms.append(Arm(draft, _HOPE**2))
+            stages += [EarlyExitDrafter(exit_layer, self._overheard) for exit_layer in engine.exits[:-1]]
+        model = None if draft is None else draft(self._overheard)
+        if model is not None:
+            stages.append(model)
+        self._arms = [self._text_arm, *(Arm(stage, HOPE**2, self._text_arm) for stage in stages)]
         if guided is not None:
-            self._arms.append(Arm(GatedDrafter(guided), _HOPE**3))
+            self._arms.append(Arm(GatedDrafter(guided), HOPE**3))
+        # a draft model resets its source along with itself
+        self._texts = [part for part in (guided, model or self._overheard) if part is not None]
         for arm in self._arms:
             arm.record = (record or {}).get(arm.drafter.name, Record())
         self._chosen: Arm | None = None
@@ -219,7 +119,6 @@ class AutoPolicy:
     def begin(self, prompt: Sequence[int], session: Session) -> None:
         for text in self._texts:
             text.reset(prompt, session.source)
-        self._overheard.take()  # of a generation that was abandoned
         self._generated, self._gained, self._length = 0, 0.0, None
         for arm in self._arms:
             arm.wake()
@@ -253,34 +152,39 @@ class AutoPolicy:
         seconds = min(outcome.seconds, _OUTLIER * foreseen)
         if isinstance(arm.drafter, GatedDrafter) and outcome.drafted:
             predicted = self._costs.run(0, self._costs.last_exit, outcome.drafted + 1)
-            arm.drafter.verified(outcome.accepted, predicted, seconds)
+            arm.drafter.verified(outcome.accepted, predicted, seconds * self._costs.plain / self._seconds)
         began = time.perf_counter()
         arm.drafter.observe(outcome.observation)
         price = (seconds + time.perf_counter() - began) / self._seconds
-        arm.update(fresh, price)
-        self._overhear(outcome)
+        arm.update(fresh, price, self._overhear(outcome))
         self._gained += (1.0 + _SHARE) * fresh - price
-        if arm.speedup < 1.0:
+        self._put_to_sleep()
+
+    def _put_to_sleep(self) -> None:
+        """Those that have fallen behind plain; where text alone does, so do the stages that add too little to it."""
+        behind = [arm for arm in self._arms if arm.speedup < 1.0 and arm.asleep_until <= self._generated]
+        if self._chosen is not None and self._chosen.speedup > GAIN:
+            self._chosen.nap = FIRST_NAP
+        for arm in behind:
             arm.sleep(self._generated)
-        elif arm.speedup > _GAIN:
-            arm.nap = _FIRST_NAP
 
     def _learn_plain(self, seconds: float) -> None:
         """A round of plain decoding took so long."""
         self._plain_rounds += 1
         self._seconds += max(_MEMORY, 1.0 / (1.0 + self._plain_rounds)) * (seconds - self._seconds)
 
-    def _overhear(self, outcome: Outcome) -> None:
+    def _overhear(self, outcome: Outcome) -> Record:
         """A stage was shown a draft from text: what that alone would have yielded and taken is known by now."""
         heard, observation = self._overheard.take(), outcome.observation
         if heard is None:
-            return
+            return Record()
         cut = self._text.cut(heard.tree, heard.request)
         text = iter((*observation.context[-observation.fresh :], _NO_TOKEN))
         tokens = 1 + len(accept_greedy(cut, lambda _node: next(text)).accepted)
         seconds = self._costs.run(0, self._costs.last_exit, len(cut) + 1) + self._text.overhead
-        beside = max(0.0, self._seconds - self._costs.plain)  # of a round, whatever is run in it
-        self._text_arm.update(tokens, (seconds + beside) / self._seconds)
+        found = Record(1, tokens, seconds / self._costs.plain)
+        self._text_arm.update(tokens, found.price)
+        return found
 
     def _account(self, arm: Arm) -> float:
         """Plain tokens that the arm may still lose in this generation."""

@@ -22,7 +22,8 @@ from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.engines.llamacpp.kv_types import KV_TYPES
 from skipstone.runtimes.generate import Policy
 from skipstone.runtimes.jitter import gap_jitter
-from skipstone.runtimes.policies.auto import AutoPolicy, Record
+from skipstone.runtimes.policies.arms import Record
+from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
 from skipstone.runtimes.text import TextCodec

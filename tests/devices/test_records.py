@@ -11,7 +11,7 @@ from skipstone.devices import curves, records
 from skipstone.devices.curves import CurveKey, curve_key
 from skipstone.devices.records import KeptRecord, keep_records, kept_records
 from skipstone.runtimes.engines import EngineOptions
-from skipstone.runtimes.policies.auto import Record
+from skipstone.runtimes.policies.arms import Record
 from tests.sdk.scripted import ScriptedEngine, write_bundle
 
 FOUND = {"katz": Record(12, 30.5, 14.25), "exit 2": Record(3, 4, 6)}

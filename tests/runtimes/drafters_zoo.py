@@ -14,7 +14,8 @@ from skipstone.runtimes.drafters.draft_model import DraftModelDrafter
 from skipstone.runtimes.drafters.early_exit import EarlyExitDrafter
 from skipstone.runtimes.drafters.gated import GatedDrafter
 from skipstone.runtimes.drafters.growth import GrowthOptions
-from skipstone.runtimes.policies.auto import AutoPolicy, Record
+from skipstone.runtimes.policies.arms import Record
+from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.rows import ROOT
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.shapes import TreeShape

@@ -9,7 +9,8 @@ from skipstone.devices.curves import new_curve
 from skipstone.errors import ContextFullError, UsageError, VocabularyMismatchError
 from skipstone.model import Chunk, GenerationResult, Model, load_model
 from skipstone.runtimes.engines import EngineOptions
-from skipstone.runtimes.policies.auto import AutoPolicy, Record
+from skipstone.runtimes.policies.arms import Record
+from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.sampling import SamplingConfig
 from skipstone.runtimes.strategies import STRATEGIES, StrategyOptions
 from tests.sdk.scripted import CHEAP_DRAFTS, EOS, ScriptedEngine, byte_tokenizer, write_bundle

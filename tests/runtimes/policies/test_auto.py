@@ -17,7 +17,8 @@ from skipstone.runtimes.drafters.draft_model import DraftModelDrafter
 from skipstone.runtimes.drafters.gated import GatedDrafter
 from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.generate import Choice, FixedPolicy, GenerationLimits, Outcome, Policy, Step, generate
-from skipstone.runtimes.policies.auto import Arm, AutoPolicy, Record
+from skipstone.runtimes.policies.arms import Arm, Record
+from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.rows import RowTree
 from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
@@ -189,11 +190,16 @@ def with_draft_model(clock: Clock, price: float) -> tuple[float, list[Step]]:
     curve = CostCurve(widths=widths, segments=(seconds,) * 3, threads=1, machine="toy")
     twin.run_on(clock, CostModel(curve, twin.exits))
     text = text_drafter("prompt-lookup", engine.vocab_size)
-    draft = DraftModelDrafter(Session(twin), twin.costs, "twin", text)
+    session = Session(twin)
     plain, _ = seconds_per_token(FixedPolicy(None), engine, engine.costs, clock)
-    policy = AutoPolicy(engine, engine.costs, text, draft=draft)
+    policy = AutoPolicy(
+        engine,
+        engine.costs,
+        text,
+        draft=lambda source: DraftModelDrafter(session, twin.costs, "twin", source),
+    )
     auto, steps = seconds_per_token(policy, engine, engine.costs, clock)
-    draft.close()
+    session.close()
     return plain / auto, steps
 
 
