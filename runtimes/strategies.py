@@ -17,6 +17,7 @@ from skipstone.runtimes.drafters.growth import GrowthOptions
 from skipstone.runtimes.drafters.lexicon import Amendments, Followed
 from skipstone.runtimes.drafters.mixed import MixedDrafter
 from skipstone.runtimes.drafters.ngram import NGramDrafter
+from skipstone.runtimes.drafters.pooled import PooledDrafter
 from skipstone.runtimes.drafters.table import NGramTable, TableDrafter
 from skipstone.runtimes.engines.base import Engine
 from skipstone.runtimes.generate import FixedPolicy, Policy
@@ -119,14 +120,11 @@ class Materials:
 
         Token recycling is none of them: beside the others its drafts cost more than they bring.
         """
-        parts = [
-            *self.guided(),
-            text_drafter("prompt-lookup", self.engine.vocab_size),
-            text_drafter("katz", self.engine.vocab_size),
-        ]
+        parts = [text_drafter(name, self.engine.vocab_size) for name in ("prompt-lookup", "katz")]
         if self.table is not None:
             parts.append(TableDrafter(self.table))
-        return MixedDrafter(parts)
+        pooled, guided = PooledDrafter(parts), self.guided()
+        return MixedDrafter([*guided, pooled]) if guided else pooled
 
 
 def make_policy(name: str, materials: Materials) -> Policy:

@@ -14,7 +14,7 @@ from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.policies.arms import Record
 from tests.sdk.scripted import ScriptedEngine, write_bundle
 
-FOUND = {"katz": Record(12, 30.5, 14.25), "exit 2": Record(3, 4, 6)}
+FOUND = {"katz": Record(12, 30.5, 14.25), "exit 2": Record(3, 4, 6, 3.5, 4.25)}
 
 
 @pytest.fixture
