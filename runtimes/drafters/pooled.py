@@ -50,7 +50,9 @@ class _Union:
 
     def __init__(self, trees: Sequence[TokenTree]) -> None:
         self.tree = TokenTree()
-        self.said: list[list[tuple[int, float]]] = []  # by node: parts that propose it, and the log odds they give
+        self.said: list[
+            list[tuple[int, float]]
+        ] = []  # by node: parts that propose it, and the log odds they give
         self.speakers: dict[int, list[int]] = {}  # by parent: parts that propose a child
         self.children: dict[int, list[int]] = {}
         self.estimates: list[float] = []  # by node, given its parent

@@ -148,7 +148,9 @@ def test_a_verification_moves_every_figure_down_the_slope_of_the_log_loss() -> N
         found = [after - earlier for earlier, after in zip(astuple(old), astuple(new), strict=True)]
         shares = {"weight": 0.25, "present": 1.0, "absent": 1.0}
         expected = [-step * share * slope(part, figure) for figure, share in shares.items()]
-        assert found == pytest.approx(expected, rel=2e-2, abs=1e-6)  # the second event sees what the first moved
+        assert found == pytest.approx(
+            expected, rel=2e-2, abs=1e-6
+        )  # the second event sees what the first moved
 
 
 def test_who_says_too_much_is_found_out() -> None:

@@ -15,7 +15,6 @@ from skipstone.runtimes.drafters import text_drafter
 from skipstone.runtimes.drafters.base import Drafter, DraftRequest, Observation
 from skipstone.runtimes.drafters.draft_model import DraftModelDrafter
 from skipstone.runtimes.drafters.gated import GatedDrafter
-from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.generate import Choice, FixedPolicy, GenerationLimits, Outcome, Policy, Step, generate
 from skipstone.runtimes.policies.arms import Record
 from skipstone.runtimes.policies.auto import AutoPolicy
