@@ -2,6 +2,7 @@
 
     python -m tests.peers.auto_against_fixed                        the shipped model on llama.cpp and on ExecuTorch
     python -m tests.peers.auto_against_fixed --bundles q8_0/        bundles that are there already
+    python -m tests.peers.auto_against_fixed --ways auto text --repeats 25    few ways, so often that noise averages out
 
 Fixed ways are every strategy with every exit and a few draft lengths. All take turns, text by text, plain decoding
 twice: what the second falls short of the first by on a text is noise. The best is the fastest on the whole set, seen
@@ -94,6 +95,10 @@ class Texts:
 def run(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, object]:
     """All ways on one bundle; the record of it."""
     ways = ways_of(bundle)
+    if unknown := set(arguments.ways or ()) - set(ways):
+        raise SystemExit(f"--ways: not known: {', '.join(unknown)}; one of: {', '.join(ways)}")
+    if arguments.ways is not None:
+        ways = {name: ways[name] for name in (PLAIN, AGAIN, *arguments.ways)}
     with Subject(bundle, EngineOptions(threads=arguments.threads)) as subject:
         texts = Texts.read(arguments.prompts, subject, arguments.max_new_tokens)
 
@@ -177,6 +182,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=ROOT / "samples" / "prompts" / "mixed.jsonl")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="where a line does not say")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", help="besides plain decoding; default: all")
     parser.add_argument("--threads", type=int, help="default: as the engine chooses")
     default = ROOT / "docs" / "benchmarks" / "auto-against-fixed.json"
     parser.add_argument("--output", type=Path, default=default)
