@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ import pytest
 import skipstone.runtimes.generate as generate_module
 import skipstone.runtimes.policies.auto as auto_module
 from skipstone.benchmark.lossless import first_difference
+from skipstone.bundle import CostCurve, open_bundle
+from skipstone.devices.curves import new_curve
 from skipstone.exporters.tune.correction import edit_distance
 from skipstone.model import Model, load_model
+from skipstone.runtimes.engines import EngineOptions, open_engine
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import STRATEGIES
 from tests.conftest import ROOT, Export
@@ -29,11 +33,25 @@ SCHEMES = ["f32", "q8_0", "q4_0", "executorch none", "executorch 8da4w", "onnx n
 LOST = 0.01  # of the characters, by quantising
 
 
+def keep_flat_curve(folder: Path, file: Path) -> None:
+    """A cost curve by which further rows are nearly free, so that all drafts are long however busy the machine."""
+    bundle, options = open_bundle(folder), EngineOptions(threads=1)
+    with closing(open_engine(bundle, options)) as engine:
+        seconds = (1e-3, 1.5e-3)
+        segments = (seconds,) * len(engine.exits)
+        flat = CostCurve(
+            widths=(1, 64), segments=segments, draft_head=(1e-4, 1e-4), threads=1, machine="flat"
+        )
+        measured = new_curve(bundle, engine, options, flat, 0.0)
+    file.write_text(measured.model_dump_json())
+
+
 class Opened:
     """A bundle, and what plain decoding makes of the sources."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model: Model = load_model(folder, threads=1, context_length=192)
+    def __init__(self, folder: Path, curve: Path) -> None:
+        keep_flat_curve(folder, curve)
+        self.model: Model = load_model(folder, threads=1, context_length=192, curve=curve)
         self.exact = self.model.bundle.manifest.quantization.scheme in ("f32", "none")
         self.margin = self.model.bundle.manifest.parity.near_tie_margin
         self.plain = [self.tokens("plain", source)[0] for source in SOURCES]
@@ -54,8 +72,10 @@ class Opened:
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
-def opened(request: pytest.FixtureRequest, export_speller: Export) -> Iterator[Opened]:
-    opened = Opened(export_speller(request.param))
+def opened(
+    request: pytest.FixtureRequest, export_speller: Export, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Opened]:
+    opened = Opened(export_speller(request.param), tmp_path_factory.mktemp("curve") / "flat.json")
     yield opened
     opened.model.close()
 
