@@ -67,12 +67,16 @@ class RayExecutor(Executor):
 
 
 @contextmanager
-def open_executor(processes: int, ray: str | None = None) -> Iterator[Executor]:
+def open_executor(
+    processes: int, ray: str | None = None, warm_up: Callable[[], None] | None = None
+) -> Iterator[Executor]:
     """Where calls run.
 
     Args:
         processes: how many at once; 1: in this process.
         ray: address of a Ray cluster; None: on this machine, without Ray.
+        warm_up: called in every process as soon as it is there, while this one goes on: what its module imports is
+            loaded when the first call comes. None: nothing is.
 
     Raises:
         UsageError: see `RayExecutor`.
@@ -81,6 +85,9 @@ def open_executor(processes: int, ray: str | None = None) -> Iterator[Executor]:
         executor: Executor = RayExecutor(ray, processes)
     elif processes > 1:
         executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+        if warm_up is not None:
+            for _ in range(processes):
+                executor.submit(warm_up)
     else:
         executor = HereExecutor()
     with executor:

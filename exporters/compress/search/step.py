@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -157,10 +156,13 @@ class Search(Step):
     def apply(self, model: nn.Module, work: Work) -> Details:
         parent = cache_folder() / "searches"
         parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as name:
+        with (
+            tempfile.TemporaryDirectory(dir=parent) as name,
+            open_executor(self.processes, self.ray, trial.warm_up) as executor,
+        ):
             bench = self._prepare(model, work, Path(name))
             budget = self._budget(bench)
-            with _judging(self, bench, name, work) as search:
+            with _judging(self, bench, name, work, executor) as search:
                 bound = self.max_kl
                 found = search(budget, ()) if bound is None else smallest(bench.space, bound, search)
         steps = ways_over(self.over).as_step(bench.chosen(found.candidate), self)
@@ -205,25 +207,22 @@ class Search(Step):
 
 
 @contextmanager
-def _judging(search: Search, bench: Bench, folder: str, work: Work) -> Iterator[Any]:
+def _judging(search: Search, bench: Bench, folder: str, work: Work, executor: Executor) -> Iterator[Any]:
     """`evolve` on a bench, ready but for the budget and candidates to start from."""
     schedule = search._schedule(bench.samples)
     judged = 0
 
-    def score(executor: Executor, candidates: Sequence[Candidate], samples: Sequence[int]) -> list[float]:
+    def score(candidates: Sequence[Candidate], samples: Sequence[int]) -> list[float]:
         nonlocal judged
         work.progress("search", judged // search.offspring, 2 * search.generations)
         judged += len(candidates)
         return list(executor.map(trial.divergence, repeat(folder), candidates, repeat(tuple(samples))))
 
-    def run(executor: Executor, budget: float, starts: Sequence[Candidate]) -> Found:
-        return evolve(
-            bench.space, budget, partial(score, executor), schedule, seed=search.seed, starts=starts
-        )
+    def run(budget: float, starts: Sequence[Candidate]) -> Found:
+        return evolve(bench.space, budget, score, schedule, seed=search.seed, starts=starts)
 
     try:
-        with open_executor(search.processes, search.ray) as executor:
-            yield partial(run, executor)
+        yield run
     except BrokenProcessPool as error:
         raise ExportError(
             f"search: a process of {search.processes} ended early, probably out of memory",

@@ -53,6 +53,10 @@ def divergence(folder: str, candidate: Candidate, samples: Sequence[int]) -> flo
         torch.set_num_threads(threads)
 
 
+def warm_up() -> None:
+    """Nothing but what it takes to call `divergence` in a new process: imports, which take seconds."""
+
+
 def close() -> None:
     """Forget what `divergence` opened in this process."""
     _opened.cache_clear()
