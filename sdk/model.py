@@ -260,7 +260,9 @@ class Model:
             )
             self._policies[key] = policy = make_policy(strategy, materials)
             if isinstance(policy, AutoPolicy) and not materials.record:
-                try_out(policy, self.session, texts_for(self.codec, self.bundle.manifest.model), self.costs)
+                facts = self.bundle.manifest.model
+                texts, eos = texts_for(self.codec, facts), facts.eos_token_ids
+                try_out(policy, self.session, texts, self.costs, eos_token_ids=eos)
         return self._policies[key]
 
     def calibrated(self, knob: Knob = "early-exit-margin") -> AdaptiveOptions:

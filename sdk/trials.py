@@ -40,6 +40,7 @@ def try_out(
     texts: Sequence[ModelInput],
     costs: CostModel,
     budget_seconds: float = BUDGET_SECONDS,
+    eos_token_ids: tuple[int, ...] = (),
 ) -> None:
     """Generate greedily with one way to draft after the other; the policy keeps what it learned of them.
 
@@ -49,7 +50,9 @@ def try_out(
         texts: every way is tried on all of them, or on as many as there is time for. Those that do not fit are left out.
         costs: of the engine.
         budget_seconds: how long it may take, but for the last round of each.
+        eos_token_ids: that end an encoder-decoder's output, and say nothing after; a decoder's goes on to its length.
     """
+    limits = GenerationLimits(_TOKENS, eos_token_ids if session.engine.encoder is not None else ())
     room = session.context_length - _TOKENS
     fitting = [given for given in texts if len(given.prompt) <= room and _readable(given, session)]
     ways = policy.ways
@@ -58,17 +61,21 @@ def try_out(
         until = time.perf_counter() + budget_seconds / len(ways)
         for given in fitting:
             if time.perf_counter() < until:
-                _generate(policy, session, given, costs, until)
+                _generate(policy, session, given, costs, limits, until)
     policy.try_only(None)
     session.rewind(0)
 
 
 def _generate(
-    policy: AutoPolicy, session: Session, given: ModelInput, costs: CostModel, until: float
+    policy: AutoPolicy,
+    session: Session,
+    given: ModelInput,
+    costs: CostModel,
+    limits: GenerationLimits,
+    until: float,
 ) -> None:
     session.rewind(0)
     given.enter(session)
-    limits = GenerationLimits(_TOKENS)
     steps = generate(session, given.prompt, policy, Sampler(SamplingConfig()), limits, costs)
     for _ in steps:
         if time.perf_counter() >= until:

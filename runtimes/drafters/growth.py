@@ -13,7 +13,7 @@ where the tree's shape is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,9 @@ class Growth:
     def __init__(
         self, model: DraftingModel, root: int, request: DraftRequest, options: GrowthOptions
     ) -> None:
-        self.model, self.request, self.options = model, request, options
+        # of the rows there are, half are for drafting, half for what is verified in the end; every row might be a leaf
+        limit = min(request.limit, _spare(model.session, request) // 2)
+        self.model, self.request, self.options = model, replace(request, limit=limit), options
         self.tree = TokenTree()
         self.passes, self.spent = 0, 0.0
         self.rows = {ROOT: root}
@@ -132,11 +134,8 @@ class Growth:
 
     @property
     def rows_left(self) -> int:
-        """Rows that may still be pushed while later stages keep room for theirs; every row might be a leaf."""
-        session, request = self.model.session, self.request
-        return (
-            min(session.room - 1, session.max_branches - session.pending) - request.limit - request.reserved
-        )
+        """Rows that may still be pushed while what is verified, and later stages, keep room for theirs."""
+        return _spare(self.model.session, self.request) - self.request.limit
 
     def affords(self, spent: float, drafts: int) -> bool:
         """Whether verifying so many drafts after so many seconds of drafting keeps to the request's ceiling."""
@@ -187,3 +186,8 @@ class Growth:
             behind=behind if self.model.is_target else (),
             ceiling=self.request.ceiling,
         )[1]
+
+
+def _spare(session: Session, request: DraftRequest) -> int:
+    """Rows that may be pushed while later stages keep room for theirs."""
+    return max(0, min(session.room - 1, session.max_branches - session.pending) - request.reserved)

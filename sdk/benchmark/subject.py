@@ -117,7 +117,9 @@ class Subject:
             policy = new_policy("auto", self, draft, StrategyOptions(), record={})
             if not isinstance(policy, AutoPolicy):
                 raise AssertionError("auto is an AutoPolicy")
-            try_out(policy, self.session, texts_for(self.codec, self.bundle.manifest.model), self.costs)
+            facts = self.bundle.manifest.model
+            texts, eos = texts_for(self.codec, facts), facts.eos_token_ids
+            try_out(policy, self.session, texts, self.costs, eos_token_ids=eos)
             self._first_records[draft] = policy.record
         return self._first_records[draft]
 

@@ -1,16 +1,16 @@
 """Hold compression's quantisers against rounding to the nearest code, at equal size, on the shipped models.
 
     python -m tests.peers.compression_quantisers                    the decoder
-    python -m tests.peers.compression_quantisers --no-mixed --checkpoint samples/models/speller \
+    python -m tests.peers.compression_quantisers --checkpoint samples/models/speller \
         --calibration samples/calibration/prose.jsonl --held-out samples/prompts/speller_held_out.jsonl \
         --output docs/benchmarks/compression-quantisers-speller.json    the encoder-decoder
 
 Every method chooses codes in the same layouts, so that the rows of one scheme take the same bytes to the last. What each
 comes to is measured on text that none saw (samples/prompts/held_out.jsonl): divergence from the dense model, perplexity,
 and how often the best token at every exit of the decoder is the one that the dense model has there. Calibration text is
-cut from files that the decoder was trained on, if none is named. Mixed precision gives every matrix its own layout, by
-what the model loses when that matrix alone is rounded, within the bytes that all matrices take in one layout. The table
-goes to docs/benchmarks/compression-quantisers.json.
+cut from files that the decoder was trained on, if none is named. Mixed precision gives every matrix its own layout (a
+T5's two attentions of a layer share theirs), by what the model loses when that matrix alone is rounded, within the
+bytes that all matrices take in one layout. The table goes to docs/benchmarks/compression-quantisers.json.
 """
 
 import argparse
@@ -154,22 +154,19 @@ class Comparison:
     def mixes(self) -> Iterator[Outcome]:
         """All matrices in one layout, and layouts by matrix in as many bytes, each with two methods."""
         model = load_eager(self._settings.checkpoint)
-        names = {
-            f"{layer}.{part.rpartition('.')[2]}": name
-            for (_, layer, part), name in linear_names(model).items()
-        }
-        lost = sensitivities(model, list(names.values()), self._calibration.first(_SENSITIVITY_TOKENS))
+        places = places_of(model)
+        lost = sensitivities(model, places, self._calibration.first(_SENSITIVITY_TOKENS))
         sizes = {
-            name: {level: grid_of(level).num_bytes(*model.get_parameter(name).shape) for level in _LEVELS}
-            for name in names.values()
+            place: {
+                level: sum(grid_of(level).num_bytes(*model.get_parameter(name).shape) for name in names)
+                for level in _LEVELS
+            }
+            for place, names in places.items()
         }
         for alike in _ALIKE:
             bits, scheme = int(alike[1]), f"{_TABLES}, as all in {alike}"
             chosen = allocate(lost, sizes, sum(size[alike] for size in sizes.values()))
-            mixes = {
-                f"all in {alike}": dict.fromkeys(names, alike),
-                "mixed": {place: chosen[name] for place, name in names.items()},
-            }
+            mixes = {f"all in {alike}": dict.fromkeys(places, alike), "mixed": chosen}
             for way, mix in mixes.items():
                 for method in ("rtn", "gptq"):
                     step = Quantize(scheme=_TABLES, mix=mix, method=method)
@@ -177,23 +174,34 @@ class Comparison:
                     yield self.outcome(bits, scheme, f"{way}, {method}", step)
 
 
+def places_of(model: Any) -> dict[str, list[str]]:
+    """By place, as the step's `mix` names it, the matrices there: one, or two where a T5's decoder has two attentions."""
+    found: dict[str, list[str]] = {}
+    for (stack, layer, part), name in linear_names(model).items():
+        side = "encoder." if stack == "encoder" else ""
+        found.setdefault(f"{side}{layer}.{part.rpartition('.')[2]}", []).append(name)
+    return found
+
+
 @torch.no_grad()
-def sensitivities(model: Any, names: list[str], text: Windows) -> dict[str, dict[str, float]]:
-    """By matrix and layout, the divergence from the dense model when that matrix alone is rounded, nats per token."""
+def sensitivities(model: Any, places: Mapping[str, list[str]], text: Windows) -> dict[str, dict[str, float]]:
+    """By place and layout, the divergence from the dense model when that place alone is rounded, nats per token."""
     expected = [log_probabilities(model, inputs) for inputs in text.inputs()]
     found: dict[str, dict[str, float]] = {}
-    for name in names:
-        weight = model.get_parameter(name)
-        before = weight.clone()
+    for place, names in places.items():
+        weights = [model.get_parameter(name) for name in names]
+        before = [weight.clone() for weight in weights]
         for level in _LEVELS:
-            parts = grid_of(level).fit(before, None)
-            weight.copy_(grid_of(level).levels(parts).values(grid_of(level).codes(parts)))
+            for weight, dense in zip(weights, before, strict=True):
+                parts = grid_of(level).fit(dense, None)
+                weight.copy_(grid_of(level).levels(parts).values(grid_of(level).codes(parts)))
             total = sum(
                 float((p.exp() * (p - log_probabilities(model, inputs))).sum())
                 for p, inputs in zip(expected, text.inputs(), strict=True)
             )
-            found.setdefault(name, {})[level] = total / sum(map(len, expected))
-        weight.copy_(before)
+            found.setdefault(place, {})[level] = total / sum(map(len, expected))
+        for weight, dense in zip(weights, before, strict=True):
+            weight.copy_(dense)
     return found
 
 
@@ -205,10 +213,10 @@ def log_probabilities(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def allocate(
     lost: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]], budget: int
 ) -> dict[str, str]:
-    """By matrix, a layout: from the smallest on, whatever step up gains most per byte, as long as it fits.
+    """By place, a layout: from the smallest on, whatever step up gains most per byte, as long as it fits.
 
     Args:
-        lost: by matrix and layout, what it costs in divergence; taken to add up.
+        lost: by place and layout, what it costs in divergence; taken to add up.
         sizes: likewise, bytes.
         budget: bytes of all.
     """

@@ -12,7 +12,14 @@ from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.session import Session
 from skipstone.trials import try_out
-from tests.sdk.scripted import CHEAP_DRAFTS, ScriptedEngine, ScriptedTranslator, write_bundle
+from tests.sdk.scripted import (
+    CHEAP_DRAFTS,
+    ENCODER,
+    EOS,
+    ScriptedEngine,
+    ScriptedTranslator,
+    write_bundle,
+)
 
 TEXT = [*range(1, 9)] * 30  # what any drafter gets right
 NEW = list(range(1, 240))  # what no text drafter can foresee
@@ -76,9 +83,9 @@ def test_a_model_tries_once_and_the_next_one_begins_with_it(
 ) -> None:
     calls = []
 
-    def counted(policy: AutoPolicy, *more: object) -> None:
+    def counted(policy: AutoPolicy, *more: object, **options: object) -> None:
         calls.append(policy)
-        try_out(policy, *more)  # type: ignore[arg-type]
+        try_out(policy, *more, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("skipstone.model.open_engine", lambda _bundle, _options: engine)
     monkeypatch.setattr("skipstone.model.measure", lambda _engine, **_: CHEAP_DRAFTS)
@@ -91,3 +98,19 @@ def test_a_model_tries_once_and_the_next_one_begins_with_it(
             assert model.generate(**given, max_new_tokens=4).tokens  # type: ignore[arg-type]
             assert any(record.rounds for record in model.policy("auto").record.values())  # type: ignore[attr-defined]
     assert len(calls) == 1
+
+
+def test_an_encoder_decoder_is_tried_to_the_end_of_its_output_and_no_further() -> None:
+    source = bytes(TEXT[:16])
+    given = ModelInput((ENCODER.start_token_id,), (*source, EOS))
+
+    def tokens_by_exit(eos: tuple[int, ...]) -> float:
+        engine = ScriptedTranslator(lambda read: read)
+        costs, session = CostModel(CHEAP_DRAFTS, engine.exits), Session(engine, 200)
+        policy = AutoPolicy(engine, costs, NGramDrafter())
+        try_out(policy, session, [given], costs, 30.0, eos)
+        (found,) = (record for way, record in policy.record.items() if "exit" in way)
+        return found.tokens
+
+    assert 1 < tokens_by_exit((EOS,)) <= len(source) + 1
+    assert tokens_by_exit(()) > len(source) + 1

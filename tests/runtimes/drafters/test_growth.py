@@ -271,3 +271,13 @@ def test_a_draft_model_with_another_vocabulary_is_refused_and_the_difference_nam
     with pytest.raises(VocabularyMismatchError, match=said):
         check_vocabularies(["a", "b", "c"], draft, "target", "draft")
     check_vocabularies(["a", "b"], ["a", "b"], "target", "draft")
+
+
+@pytest.mark.parametrize("name", ["exit 2", "text → exit 2", "text → exit 2 → exit 4"])
+@pytest.mark.parametrize("branches", [16, 32, 64])
+def test_a_stage_has_rows_of_its_own_however_many_may_be_verified(name: str, branches: int) -> None:
+    engine = ToyEngine(depth_scale=0.05, sharpness=4.0, max_branches=branches)
+    asked = request(engine, 96, branches - 1, 0.0)
+    tree = DRAFTERS[name](engine, GrowthOptions()).propose(asked)
+    depths = [len(tree.path_tokens(node)) for node in range(len(tree))]
+    assert max(depths) > 2, "it drafted below what it had judged"

@@ -24,9 +24,9 @@ def test_auto_begins_with_ways_that_were_tried_once_unless_told_otherwise(
 ) -> None:
     tries = []
 
-    def counted(policy: AutoPolicy, *more: object) -> None:
+    def counted(policy: AutoPolicy, *more: object, **options: object) -> None:
         tries.append(policy)
-        try_out(policy, *more)  # type: ignore[arg-type]
+        try_out(policy, *more, **options)  # type: ignore[arg-type]
 
     engine = ScriptedEngine([*range(1, 9)] * 60)
     monkeypatch.setattr(benchmarked, "open_engine", lambda _bundle, _options: engine)
