@@ -19,6 +19,7 @@ from skipstone.runtimes.tree import TokenTree
 
 _LEARNING, _SLOWER = 0.02, 0.25  # of what is added, and of weights, in parts of that
 _SURE = 0.99  # no opinion is taken to be firmer
+_LEAST_ODDS = -30.0  # keeps exp from overflowing
 _STEPS, _TINY = 128, 1e-9
 _LOG_ODDS = [
     math.log(p / (1.0 - p)) for p in (min(max(i / _STEPS, 1.0 - _SURE), _SURE) for i in range(_STEPS + 1))
@@ -50,10 +51,8 @@ class _Union:
 
     def __init__(self, trees: Sequence[TokenTree]) -> None:
         self.tree = TokenTree()
-        self.said: list[
-            list[tuple[int, float]]
-        ] = []  # by node: parts that propose it, and the log odds they give
-        self.speakers: dict[int, list[int]] = {}  # by parent: parts that propose a child
+        self.said: list[list[tuple[int, float]]] = []  # by node: who proposes it, and the log odds given
+        self.speakers: dict[int, list[int]] = {}  # by parent: who proposes a child
         self.children: dict[int, list[int]] = {}
         self.estimates: list[float] = []  # by node, given its parent
         self._index: dict[tuple[int, int], int] = {}
@@ -132,7 +131,7 @@ class PooledDrafter:
                 for part, said in union.said[node]:
                     opinion = opinions[part]
                     odds += opinion.present - opinion.absent + opinion.weight * said
-                estimates[node] = share = 1.0 / (1.0 + math.exp(-odds))
+                estimates[node] = share = 1.0 / (1.0 + math.exp(-max(odds, _LEAST_ODDS)))
                 total += share
             above = 1.0 if parent == ROOT else tree.scores[parent]
             scale = above * min(1.0, _SURE / total)
