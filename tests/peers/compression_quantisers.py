@@ -175,7 +175,7 @@ class Comparison:
 
 
 def places_of(model: Any) -> dict[str, list[str]]:
-    """By place, as the step's `mix` names it, the matrices there: one, or two where a T5's decoder has two attentions."""
+    """By place, as the step's `mix` names it, the matrices there: two where a T5's decoder has two attentions."""
     found: dict[str, list[str]] = {}
     for (stack, layer, part), name in linear_names(model).items():
         side = "encoder." if stack == "encoder" else ""
