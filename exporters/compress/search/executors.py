@@ -84,10 +84,11 @@ def open_executor(
     if ray is not None:
         executor: Executor = RayExecutor(ray, processes)
     elif processes > 1:
-        executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+        spawn = multiprocessing.get_context("spawn")
+        executor = ProcessPoolExecutor(processes, mp_context=spawn, initializer=warm_up)
         if warm_up is not None:
             for _ in range(processes):
-                executor.submit(warm_up)
+                executor.submit(os.getpid)  # a process starts with the first call that it may take
     else:
         executor = HereExecutor()
     with executor:

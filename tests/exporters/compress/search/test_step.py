@@ -205,6 +205,22 @@ def test_calls_run_in_other_processes_if_there_are_to_be_some() -> None:
         assert os.getpid() not in set(executor.map(_where, range(4)))
 
 
+def _warmed() -> None:
+    Path(os.environ["WARMED"], str(os.getpid())).touch()
+
+
+@pytest.mark.slow
+def test_every_process_warms_up_before_anything_is_asked_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WARMED", str(tmp_path))
+    with open_executor(2, warm_up=_warmed):
+        pass
+    warmed = {int(file.name) for file in tmp_path.iterdir()}
+    assert len(warmed) == 2
+    assert os.getpid() not in warmed
+
+
 def test_an_error_in_a_call_comes_out_of_the_executor() -> None:
     with open_executor(1) as executor, pytest.raises(ZeroDivisionError):
         list(executor.map(lambda number: 1 // number, [0]))
