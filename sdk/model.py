@@ -50,7 +50,7 @@ from skipstone.runtimes.sampling import Sampler, SamplingConfig
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import WITH_DRAFT_MODEL, Materials, StrategyOptions, make_policy
 from skipstone.runtimes.text import TextCodec
-from skipstone.trials import texts_for, try_out
+from skipstone.trials import try_builtin_texts
 
 __all__ = [
     "Chunk",
@@ -260,9 +260,7 @@ class Model:
             )
             self._policies[key] = policy = make_policy(strategy, materials)
             if isinstance(policy, AutoPolicy) and not materials.record:
-                facts = self.bundle.manifest.model
-                texts, eos = texts_for(self.codec, facts), facts.eos_token_ids
-                try_out(policy, self.session, texts, self.costs, eos_token_ids=eos)
+                try_builtin_texts(policy, self.session, self.codec, self.bundle.manifest.model, self.costs)
         return self._policies[key]
 
     def calibrated(self, knob: Knob = "early-exit-margin") -> AdaptiveOptions:

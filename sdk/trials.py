@@ -2,7 +2,7 @@
 moment.
 
     >>> policy = make_policy("auto", materials)
-    >>> try_out(policy, session, texts_for(codec, facts), costs, budget_seconds=2.0)
+    >>> try_builtin_texts(policy, session, codec, facts, costs)
 
 So `auto` begins with an opinion and need not find out on a user's first texts, of which it may lose nothing worth
 speaking of. Later texts outweigh it.
@@ -32,6 +32,13 @@ def texts_for(codec: TextCodec, facts: ModelFacts) -> list[ModelInput]:
     if facts.encoder is None:
         return [encode_input(codec, facts, text) for text in PROMPTS]
     return [encode_input(codec, facts, source=text) for text in SOURCES]
+
+
+def try_builtin_texts(
+    policy: AutoPolicy, session: Session, codec: TextCodec, facts: ModelFacts, costs: CostModel
+) -> None:
+    """`try_out` on the built-in texts, as a model takes them and ends them."""
+    try_out(policy, session, texts_for(codec, facts), costs, eos_token_ids=facts.eos_token_ids)
 
 
 def try_out(

@@ -27,7 +27,7 @@ from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.session import Session
 from skipstone.runtimes.strategies import Materials, StrategyOptions, make_policy
 from skipstone.runtimes.text import TextCodec
-from skipstone.trials import texts_for, try_out
+from skipstone.trials import try_builtin_texts
 
 COST_SECONDS = 4.0  # budget for the cost curve
 
@@ -117,9 +117,7 @@ class Subject:
             policy = new_policy("auto", self, draft, StrategyOptions(), record={})
             if not isinstance(policy, AutoPolicy):
                 raise AssertionError("auto is an AutoPolicy")
-            facts = self.bundle.manifest.model
-            texts, eos = texts_for(self.codec, facts), facts.eos_token_ids
-            try_out(policy, self.session, texts, self.costs, eos_token_ids=eos)
+            try_builtin_texts(policy, self.session, self.codec, self.bundle.manifest.model, self.costs)
             self._first_records[draft] = policy.record
         return self._first_records[draft]
 

@@ -43,7 +43,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
         engine = ScriptedTranslator(answer)
         monkeypatch.setattr("skipstone.model.open_engine", lambda _bundle, _options: engine)
         monkeypatch.setattr("skipstone.model.measure", lambda _engine, **_: CHEAP_DRAFTS)
-        monkeypatch.setattr("skipstone.model.try_out", lambda *_, **__: None)
+        monkeypatch.setattr("skipstone.model.try_builtin_texts", lambda *_: None)
         return write_bundle(tmp_path / "bundle", encoder=ENCODER).path
 
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):

@@ -41,7 +41,7 @@ def translator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make
         engine = ScriptedTranslator(answer)
         monkeypatch.setattr("skipstone.model.open_engine", lambda _bundle, _options: engine)
         monkeypatch.setattr("skipstone.model.measure", lambda _engine, **_: CHEAP_DRAFTS)
-        monkeypatch.setattr("skipstone.model.try_out", lambda *_, **__: None)
+        monkeypatch.setattr("skipstone.model.try_builtin_texts", lambda *_: None)
         bundle = write_bundle(tmp_path / f"bundle-{len(opened)}", encoder=ENCODER)
         opened.append(Model(bundle, context_length=context))
         return opened[-1], engine

@@ -34,7 +34,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeMo
         engine = ScriptedEngine(script, misses)
         monkeypatch.setattr("skipstone.model.open_engine", lambda _bundle, _options: engine)
         monkeypatch.setattr("skipstone.model.measure", lambda _engine, **_: CHEAP_DRAFTS)
-        monkeypatch.setattr("skipstone.model.try_out", lambda *_, **__: None)
+        monkeypatch.setattr("skipstone.model.try_builtin_texts", lambda *_: None)
         opened.append(Model(write_bundle(tmp_path / f"bundle-{len(opened)}"), context_length=context))
         return opened[-1]
 

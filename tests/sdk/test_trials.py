@@ -11,7 +11,7 @@ from skipstone.runtimes.costs import CostModel
 from skipstone.runtimes.drafters.ngram import NGramDrafter
 from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.session import Session
-from skipstone.trials import try_out
+from skipstone.trials import try_builtin_texts, try_out
 from tests.sdk.scripted import (
     CHEAP_DRAFTS,
     ENCODER,
@@ -83,13 +83,13 @@ def test_a_model_tries_once_and_the_next_one_begins_with_it(
 ) -> None:
     calls = []
 
-    def counted(policy: AutoPolicy, *more: object, **options: object) -> None:
+    def counted(policy: AutoPolicy, *more: object) -> None:
         calls.append(policy)
-        try_out(policy, *more, **options)  # type: ignore[arg-type]
+        try_builtin_texts(policy, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr("skipstone.model.open_engine", lambda _bundle, _options: engine)
     monkeypatch.setattr("skipstone.model.measure", lambda _engine, **_: CHEAP_DRAFTS)
-    monkeypatch.setattr("skipstone.model.try_out", counted)
+    monkeypatch.setattr("skipstone.model.try_builtin_texts", counted)
     bundle = write_bundle(tmp_path / "bundle", encoder=engine.encoder)
     for _ in range(2):
         with Model(bundle, context_length=300) as model:

@@ -9,7 +9,7 @@ from skipstone.benchmark.subject import Subject, new_policy
 from skipstone.runtimes.engines import EngineOptions
 from skipstone.runtimes.policies.auto import AutoPolicy
 from skipstone.runtimes.strategies import StrategyOptions
-from skipstone.trials import try_out
+from skipstone.trials import try_builtin_texts
 from tests.sdk.scripted import CHEAP_DRAFTS, ScriptedEngine, write_bundle
 
 
@@ -24,14 +24,14 @@ def test_auto_begins_with_ways_that_were_tried_once_unless_told_otherwise(
 ) -> None:
     tries = []
 
-    def counted(policy: AutoPolicy, *more: object, **options: object) -> None:
+    def counted(policy: AutoPolicy, *more: object) -> None:
         tries.append(policy)
-        try_out(policy, *more, **options)  # type: ignore[arg-type]
+        try_builtin_texts(policy, *more)  # type: ignore[arg-type]
 
     engine = ScriptedEngine([*range(1, 9)] * 60)
     monkeypatch.setattr(benchmarked, "open_engine", lambda _bundle, _options: engine)
     monkeypatch.setattr(benchmarked, "measure", lambda _engine, **_: CHEAP_DRAFTS)
-    monkeypatch.setattr(benchmarked, "try_out", counted)
+    monkeypatch.setattr(benchmarked, "try_builtin_texts", counted)
     with Subject(write_bundle(tmp_path / "bundle"), EngineOptions(threads=1), 400) as subject:
         assert not any(rounds_of(subject, record={}))
         assert tries == []
