@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -199,6 +200,8 @@ def with_draft_model(clock: Clock, price: float) -> tuple[float, list[Step]]:
     )
     auto, steps = seconds_per_token(policy, engine, engine.costs, clock)
     session.close()
+    found = policy.record["n-gram → twin"]
+    assert price == 1.0 or found.text_price > 0, "it is known what text alone would have brought"
     return plain / auto, steps
 
 
@@ -328,10 +331,10 @@ def test_a_machine_that_slows_down_changes_no_arms_speed_up() -> None:
 class Rounds:
     """Plays rounds with a policy: `draft(tokens, seconds)` where it drafts, plain ones of a second where it does not."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: Mapping[str, Record] | None = None) -> None:
         engine = ToyEngine()
         costs = toy_costs(engine)
-        self.policy, self.session = auto_policy(engine, costs), request_for(engine, costs).session
+        self.policy, self.session = auto_policy(engine, costs, record), request_for(engine, costs).session
         self.second = costs.plain
         self._logits = [np.zeros(engine.vocab_size, np.float32)]
         self.begin()
@@ -470,3 +473,20 @@ def test_a_round_interrupted_from_outside_is_not_the_drafters_fault() -> None:
     for _ in range(3):
         rounds.play(3, 1.0, plain_seconds=1_000.0)
     assert rounds.policy.next(LONG).allowance < 10 * rounds.second
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(("adds", "sleeps"), [(0.9, True), (1.8, False)])
+def test_stages_that_add_too_little_sleep_with_the_text_that_they_build_on(adds: float, sleeps: bool) -> None:
+    """Text alone has gained 1.5 and gains nothing here; so a stage that took a tenth away gains nothing either."""
+    text, stage = Record(60, 120, 80), Record(60, 120 * adds, 80, 120, 80)
+    ways = auto_policy(ToyEngine(), toy_costs(ToyEngine())).ways
+    rounds = Rounds({way: stage if "exit" in way else text for way in ways})
+    for _ in range(3):
+        rounds.play(1, 1.0)
+    (arm,) = (arm for arm in rounds.policy._arms if "exit" not in arm.drafter.name)
+    rounds.policy._chosen = arm
+    while arm.speedup >= 1.0:
+        arm.update(1, 2.0)
+    rounds.policy._put_to_sleep()
+    assert (rounds.next_name() == "") is sleeps
